@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// Everything that is neither a disk, nor a snapshot, nor the status page is an operation: new ones need no new client.
+#include "exports.h"
+
+#include "connection.h"
+
+#include <algorithm>
+
+namespace qlean {
+
+std::vector<std::string> maintenance_exports(const Target &target) {
+    std::vector<std::string> names = Connection::list_exports(target);
+    std::erase_if(names, [](const std::string &name) {
+        return name.empty() || name == "status" || name.rfind("snapshot/", 0) == 0;
+    });
+    if (names.empty()) {
+        return {"zeroes", "compact"};
+    }
+    // Space is given back first, what became zero then, and the rest is moved together last.
+    const std::vector<std::string> first = {"reclaim", "zeroes", "compact"};
+    const auto place = [&](const std::string &name) {
+        return std::find(first.begin(), first.end(), name) - first.begin();
+    };
+    std::stable_sort(names.begin(), names.end(),
+                     [&](const std::string &a, const std::string &b) { return place(a) < place(b); });
+    return names;
+}
+
+} // namespace qlean

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// The client's one exception type. It carries the sentence the user reads and the exit code the script reads; only
+// main() catches it to end the program. Everything else that unwinds does so through destructors.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+namespace qlean {
+
+// The numbers are documented in qlean.pod; scripts depend on them.
+enum class ExitCode : int {
+    done = 0,
+    error = 1,
+    usage = 2,
+    stopped = 3,
+    busy = 4,
+    server_gone = 5,
+};
+
+class Failure : public std::runtime_error {
+  public:
+    explicit Failure(const std::string &text, ExitCode code = ExitCode::error)
+        : std::runtime_error(text), code_(code) {}
+
+    ExitCode code() const noexcept { return code_; }
+
+  private:
+    ExitCode code_;
+};
+
+} // namespace qlean

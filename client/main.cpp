@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// The command line and nothing else: CLI11 fills the option structures, one function runs, exceptions become exit
+// codes.
+#include "failure.h"
+#include "options.h"
+#include "units.h"
+
+#include <CLI/CLI.hpp>
+#include <fmt/format.h>
+
+#include <exception>
+
+namespace {
+
+using namespace qlean;
+
+const char *const target_help = "NBD URI, path of a Unix socket, or image file (served privately for this command)";
+
+void add_common(CLI::App *command, std::string &target, std::string &nbdkit) {
+    command->add_option("TARGET", target, target_help)->required();
+    command->add_option("--nbdkit", nbdkit, "The nbdkit to start when TARGET is an image file")->type_name("PATH");
+}
+
+void take_rate(CompactOptions &options, const std::string &text) {
+    options.max_rate = parse_size(text);
+    if (!options.max_rate) {
+        throw CLI::ValidationError("--max-rate",
+                                   "'" + text + "' is not a rate; examples: 500K, 20M, 1.5G (bytes per second)");
+    }
+}
+
+void take_time(CompactOptions &options, const std::string &text) {
+    options.max_time = parse_duration(text);
+    if (!options.max_time) {
+        throw CLI::ValidationError("--max-time", "'" + text + "' is not a duration; examples: 90, 90s, 15m, 2h");
+    }
+}
+
+int run(int argc, char **argv) {
+    CLI::App app("qlean keeps QCOW2 images lean while their virtual machines run.", "qlean");
+    app.set_version_flag("--version", "qlean " QLEAN_VERSION);
+    app.require_subcommand(1);
+    ExitCode code = ExitCode::done;
+
+    StatusOptions status;
+    auto *status_command = app.add_subcommand("status", "Show size, use and fragmentation of an image");
+    add_common(status_command, status.target, status.nbdkit);
+    status_command->add_flag("--json", status.json, "Print the server's status page as JSON");
+    status_command->final_callback([&] { code = run_status(status); });
+
+    PlanOptions plan;
+    auto *plan_command = app.add_subcommand("plan", "Show what the maintenance operations would do; changes nothing");
+    add_common(plan_command, plan.target, plan.nbdkit);
+    plan_command->add_option("EXPORT", plan.export_name, "Only this operation, e.g. compact");
+    plan_command->add_flag("--map", plan.map, "List every range (offset and length in bytes)");
+    plan_command->add_flag("--json", plan.json, "Print JSON");
+    plan_command->final_callback([&] { code = run_plan(plan); });
+
+    CompactOptions compact;
+    auto *compact_command = app.add_subcommand("compact", "Make the image as small as its contents allow");
+    add_common(compact_command, compact.target, compact.nbdkit);
+    compact_command
+        ->add_option_function<std::string>(
+            "--max-rate", [&](const std::string &text) { take_rate(compact, text); },
+            "At most that many bytes per second; suffixes K, M, G")
+        ->type_name("RATE");
+    compact_command
+        ->add_option_function<std::string>(
+            "--max-time", [&](const std::string &text) { take_time(compact, text); },
+            "Stop after that time and keep what was gained; suffixes s, m, h")
+        ->type_name("TIME");
+    compact_command->add_flag("!--no-zeroes", compact.zeroes, "Do not read data looking for zeroes");
+    compact_command->add_flag("-n,--dry-run", compact.dry_run, "Only show what would be done");
+    compact_command->add_flag("--json", compact.json, "Print a summary as JSON on stdout");
+    compact_command->add_flag("-q,--quiet", compact.quiet, "Show no progress");
+    compact_command->final_callback([&] { code = run_compact(compact); });
+
+    ServeOptions serve;
+    auto *serve_command = app.add_subcommand("serve", "Serve an image with nbdkit in the foreground");
+    serve_command->add_option("IMAGE", serve.image, "The QCOW2 image")->required();
+    serve_command->add_option("--socket", serve.socket, "Unix socket to listen on (default: IMAGE.sock)")
+        ->type_name("PATH");
+    serve_command->add_option("-t,--threads", serve.threads, "Worker threads for each connection")
+        ->check(CLI::Range(1, 1024));
+    serve_command->add_flag("-r,--read-only", serve.read_only, "Serve read-only");
+    serve_command->add_flag("!--no-filter", serve.filter, "Do not load the reclaim filter");
+    serve_command->add_option("--nbdkit", serve.nbdkit, "The nbdkit to run")->type_name("PATH");
+    serve_command->add_option("NBDKIT-ARGS", serve.extra, "After --: more arguments for nbdkit");
+    serve_command->final_callback([&] { code = run_serve(serve); });
+
+    try {
+        app.parse(argc, argv);
+    } catch (const CLI::ParseError &e) {
+        return app.exit(e) == 0 ? 0 : static_cast<int>(ExitCode::usage);
+    }
+    return static_cast<int>(code);
+}
+
+} // namespace
+
+int main(int argc, char **argv) {
+    try {
+        return run(argc, argv);
+    } catch (const qlean::Failure &e) {
+        fmt::print(stderr, "qlean: {}\n", e.what());
+        return static_cast<int>(e.code());
+    } catch (const std::exception &e) {
+        fmt::print(stderr, "qlean: unexpected error: {}\n", e.what());
+        return static_cast<int>(qlean::ExitCode::error);
+    }
+}

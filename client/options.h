@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// What the command line says, one structure for each subcommand. Filled in by main.cpp, read-only afterwards.
+#pragma once
+
+#include "failure.h"
+
+#include <chrono>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace qlean {
+
+struct StatusOptions {
+    std::string target;
+    std::string nbdkit = "nbdkit";
+    bool json = false;
+};
+
+struct PlanOptions {
+    std::string target;
+    std::string export_name; // empty: all of them
+    std::string nbdkit = "nbdkit";
+    bool map = false;
+    bool json = false;
+};
+
+struct CompactOptions {
+    std::string target;
+    std::string nbdkit = "nbdkit";
+    std::optional<std::uint64_t> max_rate; // bytes per second
+    std::optional<std::chrono::milliseconds> max_time;
+    bool zeroes = true;
+    bool dry_run = false;
+    bool json = false;
+    bool quiet = false;
+};
+
+struct ServeOptions {
+    std::string image;
+    std::string socket; // empty: IMAGE.sock
+    std::string nbdkit = "nbdkit";
+    std::optional<unsigned> threads;
+    bool read_only = false;
+    bool filter = true;
+    std::vector<std::string> extra;
+};
+
+ExitCode run_status(const StatusOptions &options);
+ExitCode run_plan(const PlanOptions &options);
+ExitCode run_compact(const CompactOptions &options);
+ExitCode run_serve(const ServeOptions &options);
+
+} // namespace qlean

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// A maintenance export's plan: read through block status, and cut into the pieces that CACHE requests will name.
+// Invariant of a Plan: pieces ascend and do not overlap, together they cover every range to do, and `bytes` counts only
+// what is to do, never the holes that a piece may span.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <utility>
+#include <vector>
+
+namespace qlean {
+
+class Connection;
+
+struct Range {
+    std::uint64_t offset;
+    std::uint64_t length;
+};
+
+struct Piece {
+    std::uint64_t offset;
+    std::uint32_t span;    // length of the request
+    std::uint32_t planned; // bytes in it that are to do
+};
+
+struct Plan {
+    std::vector<Piece> pieces;
+    std::uint64_t bytes = 0;
+    std::uint64_t ranges = 0;
+
+    bool empty() const { return pieces.empty(); }
+};
+
+// Gathers ranges into pieces. Scattered small ranges share a request, because holes mean nothing to do; a large range
+// is cut only at multiples of `target`, so that no cluster is split between two requests.
+class PlanBuilder {
+  public:
+    // At most `target` bytes to do in each piece: a power of two, at least the cluster size.
+    explicit PlanBuilder(std::uint64_t target) : target_(target) {}
+
+    // Ranges must ascend.
+    void add(Range range);
+    Plan take() { return std::move(plan_); }
+
+  private:
+    void append(std::uint64_t offset, std::uint64_t length);
+
+    std::uint64_t target_;
+    Plan plan_;
+};
+
+// Calls `each` for every range to do, ascending and coalesced across replies. Stops early when `keep_going` says no.
+// Returns false if it was stopped.
+bool read_ranges(Connection &connection, const std::function<void(Range)> &each,
+                 const std::function<bool()> &keep_going);
+
+} // namespace qlean

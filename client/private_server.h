@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// An nbdkit of our own for the time of one command, serving one image file on a socket nobody else can reach.
+// Invariant: while this object lives the server is our child in its own process group (the terminal's Ctrl-C does not
+// reach it, so we can drain first); it dies with us whatever kills us, and nothing of it is left on disk afterwards.
+#pragma once
+
+#include <string>
+#include <sys/types.h>
+
+namespace qlean {
+
+enum class Access { read_only, read_write };
+
+class PrivateServer {
+  public:
+    // Returns when the socket accepts connections; throws with nbdkit's own words when it does not start.
+    PrivateServer(const std::string &image, Access access, const std::string &nbdkit);
+    ~PrivateServer();
+    PrivateServer(const PrivateServer &) = delete;
+    PrivateServer &operator=(const PrivateServer &) = delete;
+
+    const std::string &socket_path() const { return socket_; }
+
+    // Stops the server and waits until it has closed the image. Throws if it reports that it failed to.
+    void stop();
+
+    // The last error nbdkit printed, without its prefixes; empty if there was none.
+    std::string last_words() const;
+
+  private:
+    void start(const std::string &image, Access access, const std::string &nbdkit);
+    void wait_until_listening(const std::string &image);
+    int terminate() noexcept; // wait status, or -1 when there is no child
+    void remove_directory() noexcept;
+
+    std::string directory_;
+    std::string socket_;
+    pid_t child_ = -1;
+    int log_ = -1; // memfd that is the child's stderr: never blocks it, never needs a reader
+};
+
+} // namespace qlean

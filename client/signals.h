@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// Turns SIGINT, SIGTERM and SIGHUP into a wish to stop that the main loop notices; the handler itself only sets a flag
+// and writes one byte. The second signal no longer waits for the server: it removes the registered files and dies.
+#pragma once
+
+#include <string>
+
+namespace qlean::signals {
+
+// Call once, before any connection exists. A SIGHUP that was ignored (nohup) stays ignored.
+void install();
+
+bool stop_requested();
+
+// "SIGINT", or an empty string while nobody asked to stop.
+std::string reason();
+
+// Readable from the first signal on; for poll(). -1 before install().
+int wake_fd();
+
+// What a second signal must not leave behind: a socket and the directory that holds it. Empty strings forget it.
+void set_leftovers(const std::string &socket_path, const std::string &directory);
+
+} // namespace qlean::signals

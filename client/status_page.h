@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// The server's `status` export: one JSON object, read in one request, so all its numbers belong to one moment.
+// A field that is missing or null is unknown; a field we do not know is kept and ignored.
+#pragma once
+
+#include <nlohmann/json.hpp>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+namespace qlean {
+
+class Connection;
+class Target;
+
+struct Owner {
+    std::string operation;
+    std::uint64_t connection = 0;
+};
+
+// What `compact` reports before and after.
+struct Measures {
+    std::optional<std::uint64_t> length;
+    std::optional<std::uint64_t> allocated;
+    std::optional<std::uint64_t> clusters;
+    std::optional<std::uint64_t> in_use_bytes;
+    std::optional<double> fragmentation;
+};
+
+class StatusPage {
+  public:
+    // Over a connection that is already open: cheap, but the server counts clusters only for new connections.
+    static StatusPage read(Connection &connection);
+    // Over a connection of its own: exact numbers.
+    static StatusPage fetch(const Target &target);
+
+    const nlohmann::ordered_json &json() const { return json_; }
+
+    std::optional<std::uint64_t> number(std::initializer_list<const char *> path) const;
+    std::string text(std::initializer_list<const char *> path) const; // empty if missing
+
+    std::uint64_t cluster_size() const; // 64 KiB if the server does not say
+    std::optional<std::uint64_t> ideal_end() const { return number({"compact", "ideal_end"}); }
+    std::optional<std::uint64_t> pending() const { return number({"compact", "pending"}); }
+    std::optional<Owner> owner() const;
+    std::string last_error() const { return text({"last_error"}); }
+    bool flag(std::initializer_list<const char *> path) const;
+    Measures measures() const;
+
+    // How many requests may be in flight on one connection to this server.
+    unsigned depth() const;
+
+  private:
+    const nlohmann::ordered_json *find(std::initializer_list<const char *> path) const;
+
+    nlohmann::ordered_json json_;
+};
+
+nlohmann::ordered_json to_json(const Measures &measures);
+
+} // namespace qlean

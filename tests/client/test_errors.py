@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) 2026, the qlean authors
+"""compact when the server says no: one sentence, the documented exit code, gains committed."""
+
+from harness import *
+
+
+class Errors(Case):
+    def test_busy(self):
+        server = self.server("size=64M", "todo=compact:0+8M", "busy=compact")
+        result = self.run_qlean("compact", server.socket, code=BUSY)
+        self.assert_one_sentence(result.stderr, "busy", "'compact'", "connection 77")
+        self.assertEqual(events(server.log(), "flush"), [], "somebody else's work is not ours to commit")
+
+    def test_refused_with_a_reason(self):
+        server = self.server("size=64M", "todo=compact:0+8M", "refuse=cluster 17 is referenced but has no refcount")
+        result = self.run_qlean("compact", server.socket, code=ERROR)
+        self.assert_one_sentence(result.stderr, "refused", "cluster 17 is referenced but has no refcount")
+
+    def test_read_only_server(self):
+        server = self.server("size=64M", "todo=compact:0+8M", arguments=["-r"])
+        self.assert_one_sentence(self.run_qlean("compact", server.socket, code=ERROR).stderr, "read-only")
+        self.run_qlean("compact", "--dry-run", server.socket)
+
+    def test_io_error_commits_what_was_done(self):
+        for name in ("EIO", "ENOSPC"):
+            with self.subTest(errno=name):
+                self.setUp()
+                server = self.server("size=256M", "todo=compact:0+128M", "error-after=10:" + name)
+                summary = self.run_json("compact", "--no-zeroes", server.socket, code=ERROR)
+                self.assertIn("writing at 4096 failed", summary["error"])
+                self.assertEqual(summary["operations"][0]["handled_bytes"], 9 * 4 * M)
+                self.assertEqual(summary["exit_code"], ERROR)
+                last = [e for e in server.log() if e["event"] in ("cache-end", "flush-end")][-1]
+                self.assertEqual(last["event"], "flush-end")
+                server.stop()
+
+    def test_failed_commit(self):
+        server = self.server("size=64M", "todo=compact:0+8M", "flush-error=1")
+        result = self.run_qlean("compact", "--no-zeroes", server.socket, code=ERROR)
+        self.assert_one_sentence(result.stderr, "failed to commit", "fdatasync failed")
+        self.assertNotIn("is kept", result.stderr)
+
+    def test_server_shutting_down(self):
+        server = self.server("size=256M", "todo=compact:0+128M", "error-after=5:ESHUTDOWN")
+        result = self.run_qlean("compact", "--no-zeroes", server.socket, code=SERVER_GONE)
+        self.assert_one_sentence(result.stderr, "shutting down")
+
+    def test_server_vanishes(self):
+        server = self.server("size=256M", "todo=compact:0+128M", "die-after=5")
+        summary = self.run_json("compact", "--no-zeroes", server.socket, code=SERVER_GONE)
+        self.assertIn("connection to the server was lost", summary["error"])
+        self.assertIsNone(summary["after"])
+        self.assertEqual(summary["exit_code"], SERVER_GONE)
+
+    def test_server_without_compact(self):
+        server = self.server("size=64M", "exports=zeroes")
+        self.assert_one_sentence(self.run_qlean("compact", server.socket, code=ERROR).stderr, "'compact'")
+
+    def test_stdout_closed(self):
+        server = self.server("size=64M", "todo=compact:0+8M")
+        read_end, write_end = os.pipe()
+        os.close(read_end)
+        subprocess.run([QLEAN, "compact", server.socket], stdout=write_end, stderr=subprocess.DEVNULL, timeout=30)
+        os.close(write_end)
+        self.assertEqual(events(server.log(), "flush-end")[-1]["export"], "compact")
+
+
+main()

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) 2026, the qlean authors
+"""An image file as TARGET: a private nbdkit that nobody sees, that outlives neither success nor murder."""
+
+import glob
+import signal
+
+from harness import *
+
+
+def children_of(pid):
+    out = []
+    for path in glob.glob("/proc/[0-9]*/stat"):
+        try:
+            with open(path) as f:
+                fields = f.read().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            out.append(int(path.split("/")[2]))
+    return out
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+class PrivateServer(Case):
+    def setUp(self):
+        super().setUp()
+        self.qlean = self.build_tree()
+        self.tmp = self.dir + "/tmp"
+        os.mkdir(self.tmp)
+        self.env = dict(os.environ, TMPDIR=self.tmp)
+
+    def go(self, *arguments, code=DONE):
+        result = subprocess.run([self.qlean, *arguments], capture_output=True, text=True, timeout=60, env=self.env)
+        self.assertEqual(result.returncode, code, result.stderr)
+        self.assertEqual(os.listdir(self.tmp), [], "left behind")
+        return result
+
+    def start(self, *arguments):
+        process = subprocess.Popen([self.qlean, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   env=self.env)
+        self.addCleanup(process.communicate)
+        log = self.dir + "/log"
+        wait_for(lambda: events(read_log(log), "cache"), "the first request")
+        return process, children_of(process.pid)[0]
+
+    def test_every_command(self):
+        image = self.image("disk.qcow2", "size=64M", "todo=compact:0+8M")
+        self.assertIn(image, self.go("status", image).stdout)
+        plan = json.loads(self.go("plan", "--json", image, "compact").stdout)
+        self.assertEqual(plan["exports"][0]["bytes"], 8 * M)
+        self.go("compact", "--dry-run", image)
+        self.assertEqual(events(read_log(self.dir + "/log"), "cache"), [])
+        summary = json.loads(self.go("compact", "--json", image).stdout)
+        self.assertEqual(summary["operations"][-1]["handled_bytes"], 8 * M)
+
+    def test_looking_is_read_only(self):
+        image = self.image("disk.qcow2", "size=64M")
+        self.assertTrue(json.loads(self.go("status", "--json", image).stdout)["server"]["read_only"])
+
+    def test_relative_path_and_strange_name(self):
+        self.image("a b=c,d'.qcow2", "size=64M")
+        result = subprocess.run([self.qlean, "status", "a b=c,d'.qcow2"], cwd=self.dir, env=self.env, capture_output=True,
+                                text=True)
+        self.assertEqual(result.returncode, DONE, result.stderr)
+
+    def test_not_an_image(self):
+        image = self.image("disk.raw", magic=b"\0\0\0\0")
+        result = self.go("compact", image, code=ERROR)
+        self.assert_one_sentence(result.stderr, "this is not a QCOW2 image", image)
+
+    def test_no_nbdkit(self):
+        image = self.image()
+        result = self.go("status", "--nbdkit", "/nonexistent/nbdkit", image, code=ERROR)
+        self.assert_one_sentence(result.stderr, "cannot be started")
+
+    def test_plugin_by_name_when_there_is_no_build_tree(self):
+        os.unlink(self.dir + "/tree/plugin/nbdkit-qcow2-plugin.so")
+        wrapper = self.dir + "/nbdkit-wrapper"
+        with open(wrapper, "w") as f:
+            f.write('#!/bin/sh\necho "$@" >' + self.dir + '/arguments\necho "nbdkit: error: no such plugin" >&2\nexit 1\n')
+        os.chmod(wrapper, 0o755)
+        self.go("status", "--nbdkit", wrapper, self.image(), code=ERROR)
+        self.assertRegex(open(self.dir + "/arguments").read(), r"-r qcow2 file=/")
+
+    def test_long_tmpdir(self):
+        self.tmp = self.dir + "/" + "x" * 120
+        os.mkdir(self.tmp)
+        self.env["TMPDIR"] = self.tmp
+        self.go("status", self.image())
+
+    def test_socket_is_private(self):
+        image = self.image("disk.qcow2", "size=64M", "todo=compact:0+64M", "cache-ms=200", "version=1.32.5")
+        process, _ = self.start("compact", image)
+        directory = os.path.join(self.tmp, os.listdir(self.tmp)[0])
+        self.assertEqual(os.stat(directory).st_mode & 0o777, 0o700)
+        process.send_signal(signal.SIGTERM)
+        process.wait(10)
+
+    def test_signal_to_the_client_drains_and_ends_the_server(self):
+        image = self.image("disk.qcow2", "size=1G", "todo=compact:0+1G", "cache-ms=300")
+        process, server = self.start("compact", "--no-zeroes", image)
+        # Another process group: the terminal's Ctrl-C must reach the client only.
+        self.assertNotEqual(os.getpgid(server), os.getpgid(process.pid))
+        process.send_signal(signal.SIGINT)
+        process.wait(10)
+        self.assertEqual(process.returncode, STOPPED)
+        self.assertFalse(alive(server))
+        self.assertEqual(os.listdir(self.tmp), [])
+        order = [e["event"] for e in read_log(self.dir + "/log") if e["event"] in ("cache-end", "flush-end")]
+        self.assertEqual(order[-1], "flush-end")
+
+    def test_client_killed(self):
+        image = self.image("disk.qcow2", "size=1G", "todo=compact:0+1G", "cache-ms=100", "version=1.32.5")
+        process, server = self.start("compact", "--no-zeroes", image)
+        process.kill()
+        process.wait()
+        wait_for(lambda: not alive(server), "the private server to follow its client")
+
+    def test_second_signal_leaves_no_files(self):
+        image = self.image("disk.qcow2", "size=1G", "todo=compact:0+1G", "cache-ms=3000", "version=1.32.5")
+        process, server = self.start("compact", "--no-zeroes", image)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(process.wait(2), -signal.SIGINT)
+        self.assertEqual(os.listdir(self.tmp), [])
+        wait_for(lambda: not alive(server), "the private server")
+
+    def test_server_dies(self):
+        image = self.image("disk.qcow2", "size=1G", "todo=compact:0+1G", "die-after=4")
+        result = self.go("compact", "--no-zeroes", image, code=SERVER_GONE)
+        self.assert_one_sentence(result.stderr, "connection to the server was lost")
+
+
+main()
