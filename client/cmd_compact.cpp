@@ -36,13 +36,13 @@ struct Outcome {
 std::vector<std::string> operations_to_run(const Target &target, bool zeroes) {
     const std::vector<std::string> offered = maintenance_exports(target);
     std::vector<std::string> names;
-    if (std::find(offered.begin(), offered.end(), "reclaim") != offered.end()) {
-        names.emplace_back("reclaim");
+    for (const char *name : {"reclaim", "zeroes"}) {
+        if ((zeroes || name != std::string_view("zeroes")) &&
+            std::find(offered.begin(), offered.end(), name) != offered.end()) {
+            names.emplace_back(name);
+        }
     }
-    if (zeroes) {
-        names.emplace_back("zeroes");
-    }
-    names.emplace_back("compact");
+    names.emplace_back("compact"); // if this one is missing, that is an error to tell
     return names;
 }
 
@@ -103,8 +103,8 @@ void print_row(const char *label, const std::optional<std::uint64_t> &before,
                const std::optional<std::uint64_t> &after) {
     std::string change;
     if (before && after) {
-        const bool less = *after <= *before;
-        change = (less ? "-" : "+") + show_bytes(less ? *before - *after : *after - *before);
+        const char *sign = *after < *before ? "-" : *after > *before ? "+" : "";
+        change = sign + show_bytes(*after < *before ? *before - *after : *after - *before);
     }
     fmt::print("{:<18} {:>16} {:>16} {:>16}\n", label, show_bytes(before), show_bytes(after), change);
 }

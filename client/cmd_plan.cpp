@@ -70,7 +70,8 @@ void print_json(const Target &target, const std::vector<std::string> &names, boo
         }
         exports.push_back(std::move(entry));
     }
-    fmt::print("{}\n", nlohmann::ordered_json{{"exports", exports}}.dump(2));
+    const nlohmann::ordered_json document = {{"exports", exports}};
+    fmt::print("{}\n", document.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace));
 }
 
 } // namespace

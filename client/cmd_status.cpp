@@ -80,7 +80,7 @@ ExitCode run_status(const StatusOptions &options) {
     Target target(options.target, Access::read_only, options.nbdkit);
     const StatusPage page = StatusPage::fetch(target);
     if (options.json) {
-        fmt::print("{}\n", page.json().dump(2));
+        fmt::print("{}\n", page.json().dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace));
     } else {
         print_page(target, page);
     }

@@ -10,6 +10,9 @@
 #include <CLI/CLI.hpp>
 #include <fmt/format.h>
 
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
 #include <exception>
 
 namespace {
@@ -94,6 +97,10 @@ int run(int argc, char **argv) {
         app.parse(argc, argv);
     } catch (const CLI::ParseError &e) {
         return app.exit(e) == 0 ? 0 : static_cast<int>(ExitCode::usage);
+    }
+    // A result that could not be written is no result: a full disk must not look like success.
+    if (std::fflush(stdout) != 0) {
+        throw Failure(fmt::format("cannot write to standard output: {}", std::strerror(errno)));
     }
     return static_cast<int>(code);
 }

@@ -53,6 +53,9 @@ void Progress::begin(const std::string &label, std::uint64_t total) {
 }
 
 void Progress::update(std::uint64_t done) {
+    if (!active_) {
+        return; // a pass that only commits has no amount to show
+    }
     done_ = std::min(done, total_);
     const auto now = Clock::now();
     if (now - samples_.back().when >= 100ms) {

@@ -10,7 +10,7 @@
 //   exports=A,B,C           operations offered (default zeroes,compact)
 //   todo=OP:OFFSET+LENGTH   to do at start; repeatable; sizes take K, M, G
 //   pattern=OP:PERIOD:LENGTH  LENGTH to do at each PERIOD
-//   cache-ms=N flush-ms=N   how long each request takes
+//   cache-ms=N flush-ms=N extents-ms=N   how long each request takes
 //   pending=N pending-step=N  metadata clusters to move, and how many one FLUSH moves (default 16)
 //   busy=OP                 CACHE fails with EPERM and status names an owner
 //   refuse=TEXT             CACHE fails with EPERM and status.last_error is TEXT
@@ -56,6 +56,7 @@ struct Settings {
     std::vector<std::pair<std::string, std::string>> pattern; // operation, PERIOD:LENGTH
     unsigned cache_ms = 0;
     unsigned flush_ms = 0;
+    unsigned extents_ms = 0;
     uint64_t pending_step = 16;
     std::string busy, refuse, stuck, version = "1.40.0", log;
     uint64_t error_after = 0;
@@ -83,7 +84,7 @@ struct Handle {
     std::string page;
 };
 
-void record(const char *event, const Handle &handle, json details = {}) {
+void record(const char *event, const Handle &handle, json details = json::object()) {
     if (!log_stream.is_open()) {
         return;
     }
@@ -133,6 +134,8 @@ int config(const char *raw_key, const char *raw_value) {
         settings.cache_ms = static_cast<unsigned>(number(value));
     } else if (key == "flush-ms") {
         settings.flush_ms = static_cast<unsigned>(number(value));
+    } else if (key == "extents-ms") {
+        settings.extents_ms = static_cast<unsigned>(number(value));
     } else if (key == "pending") {
         pending = number(value);
     } else if (key == "pending-step") {
@@ -296,10 +299,20 @@ int pread(void *handle, void *buffer, uint32_t count, uint64_t offset, uint32_t)
 
 int pwrite(void *, const void *, uint32_t, uint64_t, uint32_t) { return 0; }
 
+void linger(unsigned milliseconds) {
+    if (milliseconds != 0) {
+        nbdkit_nanosleep(milliseconds / 1000, milliseconds % 1000 * 1000000);
+    }
+}
+
 int extents(void *handle, uint32_t count, uint64_t offset, uint32_t, nbdkit_extents *out) {
-    const std::lock_guard lock(mutex);
     Handle &h = of(handle);
-    record("extents", h, {{"offset", offset}, {"length", count}});
+    {
+        const std::lock_guard lock(mutex);
+        record("extents", h, {{"offset", offset}, {"length", count}});
+    }
+    linger(settings.extents_ms);
+    const std::lock_guard lock(mutex);
     const auto plan = plans.find(h.name);
     const uint64_t end = offset + count;
     for (uint64_t at = offset; at < end;) {
@@ -315,12 +328,6 @@ int extents(void *handle, uint32_t count, uint64_t offset, uint32_t, nbdkit_exte
         at = next;
     }
     return 0;
-}
-
-void linger(unsigned milliseconds) {
-    if (milliseconds != 0) {
-        nbdkit_nanosleep(milliseconds / 1000, milliseconds % 1000 * 1000000);
-    }
 }
 
 // The errno to answer with, or 0.

@@ -44,6 +44,10 @@ class Compact(Case):
         self.run_qlean("compact", "--no-zeroes", server.socket)
         self.assertEqual({e["export"] for e in events(server.log(), "cache")}, {"compact"})
 
+    def test_server_without_zeroes(self):
+        server = self.server("size=64M", "exports=compact", "todo=compact:0+1M")
+        self.assertEqual([o["export"] for o in self.run_json("compact", server.socket)["operations"]], ["compact"])
+
     def test_pipelined_but_never_above_fifteen(self):
         server = self.server("size=1G", "todo=compact:0+512M", "cache-ms=20", "flush-ms=30")
         self.run_qlean("compact", server.socket)

@@ -57,6 +57,14 @@ class Errors(Case):
         server = self.server("size=64M", "exports=zeroes")
         self.assert_one_sentence(self.run_qlean("compact", server.socket, code=ERROR).stderr, "'compact'")
 
+    def test_stdout_full(self):
+        server = self.server("size=64M")
+        with open("/dev/full", "w") as full:
+            for command in ("status", "plan", "compact"):
+                result = subprocess.run([QLEAN, command, server.socket], stdout=full, stderr=subprocess.PIPE, text=True)
+                self.assertEqual(result.returncode, ERROR)
+                self.assertIn("No space left", result.stderr)
+
     def test_stdout_closed(self):
         server = self.server("size=64M", "todo=compact:0+8M")
         read_end, write_end = os.pipe()

@@ -46,6 +46,18 @@ class Signals(Case):
         self.assertEqual(client.returncode, STOPPED)
         self.assertIn("stopped early (SIGINT)", stdout)
 
+    def test_while_reading_the_plan(self):
+        server = self.server("size=64G", "todo=compact:0+1G", "extents-ms=200")
+        for arguments in (["compact", "--no-zeroes"], ["compact", "--dry-run"], ["plan"]):
+            with self.subTest(arguments=arguments):
+                before = len(events(server.log(), "extents"))
+                client = self.start_qlean(*arguments, server.socket)
+                wait_for(lambda: len(events(server.log(), "extents")) > before + 1, "the second question")
+                client.send_signal(signal.SIGTERM)
+                client.communicate(timeout=2)
+                self.assertEqual(client.returncode, STOPPED)
+        self.assertEqual(events(server.log(), "cache"), [])
+
     def test_nohup(self):
         server = self.server("size=256M", "todo=compact:0+128M", "cache-ms=30", "version=1.32.5")
         client = self.start_qlean("compact", "--no-zeroes", server.socket,

@@ -34,6 +34,28 @@ class StatusPlan(Case):
             plan = self.run_json("plan", uri + server.socket, "compact")
             self.assertEqual(plan["exports"], [{"name": "compact", "bytes": 2 * M, "ranges": 1}])
 
+    def test_tcp_and_tls(self):
+        with open(self.dir + "/psk", "w") as f:
+            f.write("alice:" + "0123456789abcdef" * 4 + "\n")
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        for scheme, user, query, arguments in (
+                ("nbd", "", "", []),
+                ("nbds", "alice@", "?tls-psk-file=" + self.dir + "/psk",
+                 ["--tls=require", "--tls-psk=" + self.dir + "/psk"])):
+            with self.subTest(scheme=scheme):
+                process = subprocess.Popen(["nbdkit", "-f", "-i", "127.0.0.1", "-p", str(port), *arguments, FAKE_PLUGIN,
+                                            "size=64M", "todo=compact:0+1M"])
+                try:
+                    uri = f"{scheme}://{user}127.0.0.1:{port}/disk{query}"
+                    wait_for(lambda: subprocess.run([QLEAN, "status", uri], capture_output=True).returncode == 0, uri, 5)
+                    summary = self.run_json("compact", uri)
+                    self.assertEqual(summary["operations"][-1]["handled_bytes"], M)
+                finally:
+                    process.terminate()
+                    process.wait()
+
     def test_plan_of_every_export(self):
         server = self.server("size=64M", "exports=compact,reclaim,zeroes,defrag", "todo=compact:1M+2M",
                              "todo=zeroes:0+64K", "todo=zeroes:63M+1M")
