@@ -1,0 +1,502 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+#include "allocator.h"
+
+#include "error.h"
+
+#include <algorithm>
+#include <bit>
+
+namespace qlean {
+
+namespace {
+
+constexpr std::uint64_t growth_bytes = 1024 * 1024;
+constexpr std::uint64_t max_retired_bytes = 32 * 1024 * 1024;
+
+} // namespace
+
+Allocator::Allocator(const Geometry &geometry, File &file, Refcounts &refcounts, std::uint64_t end,
+                     std::function<std::vector<HostRun>()> metadata)
+    : geometry_(geometry), file_(file), refcounts_(refcounts), metadata_(std::move(metadata)), end_(end) {
+    free_.resize(end);
+    zero_.resize(end);
+    loaded_.resize(regions());
+}
+
+Allocator::Reservation &Allocator::Reservation::operator=(Reservation &&other) noexcept {
+    std::swap(allocator_, other.allocator_);
+    std::swap(extents_, other.extents_);
+    return *this;
+}
+
+Allocator::Reservation::~Reservation() {
+    if (extents_.empty())
+        return;
+    std::vector<HostRun> runs;
+    for (const Extent &e : extents_)
+        append_run(runs, e.run);
+    allocator_->retire(runs);
+}
+
+std::uint64_t Allocator::Reservation::count() const {
+    std::uint64_t n = 0;
+    for (const Extent &e : extents_)
+        n += e.run.count;
+    return n;
+}
+
+Allocator::Extent Allocator::Reservation::take_first() {
+    Extent &front = extents_.front();
+    const Extent first{{front.run.first, 1}, front.zero};
+    ++front.run.first;
+    if (--front.run.count == 0)
+        extents_.erase(extents_.begin());
+    return first;
+}
+
+// --- taking -------------------------------------------------------------------------------------------------------
+
+void Allocator::note(HostRun run) {
+    if (!watching_)
+        return;
+    if (watched_.size() < run.end().value)
+        watched_.resize(std::max(run.end().value, end()));
+    std::fill_n(watched_.begin() + static_cast<std::ptrdiff_t>(run.first.value), run.count, true);
+}
+
+void Allocator::take(std::uint64_t c, std::vector<Extent> &extents) {
+    free_.clear(c);
+    const bool zero = zero_.get(c);
+    zero_.clear(c);
+    --free_count_;
+    note({{c}, 1});
+    if (!extents.empty() && extents.back().run.end().value == c && extents.back().zero == zero)
+        ++extents.back().run.count;
+    else
+        extents.push_back({{{c}, 1}, zero});
+}
+
+void Allocator::untake(std::vector<Extent> &extents) {
+    for (const Extent &e : extents)
+        for (std::uint64_t i = 0; i < e.run.count; ++i)
+            add_free((e.run.first + i).value, e.zero);
+    extents.clear();
+}
+
+void Allocator::add_free(std::uint64_t c, bool zero) {
+    free_.set(c);
+    if (zero)
+        zero_.set(c);
+    else
+        zero_.clear(c);
+    ++free_count_;
+    lowest_ = std::min(lowest_, c);
+}
+
+void Allocator::take_lowest(std::uint64_t count, std::uint64_t limit, std::vector<Extent> &extents) {
+    limit = std::min(limit, end());
+    std::uint64_t c = lowest_;
+    while (count > 0 && free_count_ > 0 && c < limit) {
+        const std::uint64_t word = free_.word(c / 64) >> (c % 64);
+        if (word == 0) {
+            c = round_down(c, 64) + 64;
+            continue;
+        }
+        c += static_cast<std::uint64_t>(std::countr_zero(word));
+        if (c >= limit)
+            break;
+        take(c, extents);
+        --count;
+        ++c;
+    }
+    lowest_ = std::min(c, end());
+}
+
+Allocator::Reservation Allocator::finish(std::vector<Extent> extents) {
+    // The increments are recorded with the taking: whoever stores an entry that points here does it later, and the
+    // leader collects increments after it has copied entries.
+    for (const Extent &e : extents)
+        append_run(allocated_runs_, e.run);
+    Reservation reservation;
+    reservation.allocator_ = this;
+    reservation.extents_ = std::move(extents);
+    return reservation;
+}
+
+bool Allocator::worth_a_commit() const {
+    const std::uint64_t worth = std::min(max_retired_bytes / geometry_.cluster_size(), end() / 64);
+    return retired_.load(std::memory_order_relaxed) >= std::max<std::uint64_t>(worth, 1);
+}
+
+std::optional<std::uint64_t> Allocator::unloaded_region() const {
+    for (std::uint64_t r = next_unloaded_; r < loaded_.size(); ++r)
+        if (!loaded_[r] && refcounts_.linked(r))
+            return r;
+    return std::nullopt;
+}
+
+Allocator::Reservation Allocator::reserve(std::uint64_t count, Growth growth) {
+    std::vector<Extent> extents;
+    std::uint64_t have = 0;
+    std::unique_lock guard(mutex_);
+    const auto give_up = [&] {
+        untake(extents);
+        return Reservation{};
+    };
+    for (;;) {
+        take_lowest(count - have, end_, extents);
+        have = 0;
+        for (const Extent &e : extents)
+            have += e.run.count;
+        if (have == count)
+            return finish(std::move(extents));
+        if (const auto region = unloaded_region()) {
+            guard.unlock();
+            try {
+                load_region(*region);
+            } catch (...) {
+                guard.lock();
+                untake(extents);
+                throw;
+            }
+            guard.lock();
+            continue;
+        }
+        if (growth == Growth::after_commit && worth_a_commit())
+            return give_up();
+        guard.unlock();
+        bool grown = false;
+        try {
+            grown = grow(count - have);
+        } catch (...) {
+            guard.lock();
+            untake(extents);
+            throw;
+        }
+        guard.lock();
+        if (!grown)
+            return give_up();
+    }
+}
+
+Allocator::Reservation Allocator::reserve_below(std::uint64_t count, HostCluster limit) {
+    const std::lock_guard guard(mutex_);
+    std::vector<Extent> extents;
+    take_lowest(count, limit.value, extents);
+    return finish(std::move(extents));
+}
+
+Allocator::Reservation Allocator::reserve_contiguous_below(std::uint64_t count, HostCluster limit) {
+    const std::lock_guard guard(mutex_);
+    const std::uint64_t stop = std::min(limit.value, end());
+    std::uint64_t run = 0;
+    for (std::uint64_t c = lowest_; c < stop; ++c) {
+        run = free_.get(c) ? run + 1 : 0;
+        if (run < count)
+            continue;
+        std::vector<Extent> extents;
+        for (std::uint64_t i = c + 1 - count; i <= c; ++i)
+            take(i, extents);
+        return finish(std::move(extents));
+    }
+    return {};
+}
+
+// --- growing ------------------------------------------------------------------------------------------------------
+
+std::uint64_t Allocator::covered_end() const {
+    std::uint64_t region = end() / refcounts_.region_clusters();
+    while (refcounts_.linked(region))
+        ++region;
+    return region * refcounts_.region_clusters();
+}
+
+/// Clusters are handed out of the region that growth continues: its free map must not be read after that.
+void Allocator::load_last_region() {
+    const std::uint64_t last = end() - 1;
+    if (refcounts_.linked(last / refcounts_.region_clusters()))
+        load_region(last / refcounts_.region_clusters());
+}
+
+bool Allocator::grow(std::uint64_t count) {
+    load_last_region();
+    const std::lock_guard length_guard(length_mutex_);
+    const std::uint64_t old_end = end();
+    const std::uint64_t covered = covered_end();
+    if (covered < old_end + count)
+        return false;
+    const std::uint64_t step = std::max(count, growth_bytes / geometry_.cluster_size());
+    const std::uint64_t new_end = std::min(old_end + step, covered);
+    file_.truncate(geometry_.bytes(new_end));
+    const std::lock_guard guard(mutex_);
+    free_.resize(new_end);
+    zero_.resize(new_end);
+    end_ = new_end;
+    const std::uint64_t first_region = old_end / refcounts_.region_clusters();
+    loaded_.resize(regions());
+    // A region that begins at or beyond the old end has nothing in it but what is handed out from here on.
+    for (std::uint64_t r = first_region; r < loaded_.size(); ++r)
+        if (r * refcounts_.region_clusters() >= old_end)
+            loaded_[r] = true;
+    for (std::uint64_t c = old_end; c < new_end; ++c)
+        add_free(c, true);
+    return true;
+}
+
+void Allocator::claim_beyond(HostCluster first, std::uint64_t count) {
+    load_last_region();
+    const std::lock_guard length_guard(length_mutex_);
+    const std::uint64_t old_end = end();
+    const std::uint64_t new_end = std::max(old_end, first.value + count);
+    file_.truncate(geometry_.bytes(new_end));
+    const std::lock_guard guard(mutex_);
+    free_.resize(new_end);
+    zero_.resize(new_end);
+    end_ = new_end;
+    loaded_.resize(regions());
+    for (std::uint64_t r = old_end / refcounts_.region_clusters(); r < loaded_.size(); ++r)
+        if (r * refcounts_.region_clusters() >= old_end)
+            loaded_[r] = true;
+    for (std::uint64_t c = old_end; c < first.value; ++c)
+        add_free(c, true);
+    note({first, count});
+}
+
+// --- the free map -------------------------------------------------------------------------------------------------
+
+void Allocator::load_region(std::uint64_t region) {
+    const std::lock_guard load_guard(load_mutex_);
+    const std::uint64_t first = region * refcounts_.region_clusters();
+    {
+        const std::lock_guard guard(mutex_);
+        if (region >= loaded_.size() || loaded_[region])
+            return;
+    }
+    if (known_metadata_.empty()) {
+        known_metadata_.resize(1, true); // the header
+        for (const HostRun &run : metadata_()) {
+            if (known_metadata_.size() < run.end().value)
+                known_metadata_.resize(run.end().value);
+            std::fill_n(known_metadata_.begin() + static_cast<std::ptrdiff_t>(run.first.value), run.count, true);
+        }
+    }
+    // No cluster of this region has been handed out, and none has had its count lowered, by this process: the file
+    // tells the whole truth about it.
+    std::vector<std::uint64_t> free;
+    refcounts_.read_block(region, [&](std::uint64_t i, std::uint64_t count) {
+        const std::uint64_t c = first + i;
+        if (count == 0 && !(c < known_metadata_.size() && known_metadata_[c]))
+            free.push_back(c);
+    });
+    const std::lock_guard guard(mutex_);
+    loaded_[region] = true;
+    while (next_unloaded_ < loaded_.size() && loaded_[next_unloaded_])
+        ++next_unloaded_;
+    for (const std::uint64_t c : free)
+        if (c < end_ && !free_.get(c)) // growth may have filled the upper part already
+            add_free(c, false);
+}
+
+void Allocator::load_all() {
+    for (;;) {
+        std::optional<std::uint64_t> region;
+        {
+            const std::lock_guard guard(mutex_);
+            region = unloaded_region();
+        }
+        if (!region)
+            return;
+        load_region(*region);
+    }
+}
+
+void Allocator::load_regions_of(const std::vector<HostRun> &runs) {
+    for (const HostRun &run : runs)
+        for (std::uint64_t r = refcounts_.region_of(run.first); r <= refcounts_.region_of(run.end() - 1); ++r)
+            load_region(r);
+}
+
+Allocator::Counts Allocator::counts() const {
+    const std::lock_guard guard(mutex_);
+    return {end_, free_count_, punching_, retired_.load(std::memory_order_relaxed), !unloaded_region()};
+}
+
+std::uint64_t Allocator::waiting_to_punch_bytes() const {
+    const std::lock_guard guard(mutex_);
+    return geometry_.bytes(queued_);
+}
+
+HostCluster Allocator::highest_in_use(HostCluster from) const {
+    const std::lock_guard guard(mutex_);
+    std::uint64_t c = end_;
+    while (c > from.value && free_.get(c - 1))
+        --c;
+    return {std::max(c, from.value)};
+}
+
+std::uint64_t Allocator::free_below(HostCluster limit) const {
+    const std::lock_guard guard(mutex_);
+    const std::uint64_t stop = std::min(limit.value, end());
+    std::uint64_t n = 0;
+    for (std::uint64_t w = 0; w < divide_up(stop, 64); ++w) {
+        std::uint64_t word = free_.word(w);
+        if (w == stop / 64)
+            word &= (std::uint64_t{1} << (stop % 64)) - 1;
+        n += static_cast<std::uint64_t>(std::popcount(word));
+    }
+    return n;
+}
+
+bool Allocator::is_free(HostCluster c) const {
+    const std::lock_guard guard(mutex_);
+    return c.value >= end_ || free_.get(c.value);
+}
+
+// --- giving back --------------------------------------------------------------------------------------------------
+
+void Allocator::retire(const std::vector<HostRun> &runs) {
+    if (runs.empty())
+        return;
+    const std::lock_guard guard(mutex_);
+    for (const HostRun &run : runs) {
+        append_run(retired_runs_, run);
+        note(run);
+        retired_.fetch_add(run.count, std::memory_order_relaxed);
+    }
+}
+
+std::vector<HostRun> Allocator::take_retired() {
+    const std::lock_guard guard(mutex_);
+    return std::exchange(retired_runs_, {});
+}
+
+void Allocator::put_back_retired(std::vector<HostRun> runs) {
+    const std::lock_guard guard(mutex_);
+    retired_runs_.insert(retired_runs_.end(), runs.begin(), runs.end());
+}
+
+std::vector<HostRun> Allocator::take_allocated() {
+    const std::lock_guard guard(mutex_);
+    return std::exchange(allocated_runs_, {});
+}
+
+void Allocator::put_back_allocated(const std::vector<HostRun> &runs) {
+    const std::lock_guard guard(mutex_);
+    allocated_runs_.insert(allocated_runs_.begin(), runs.begin(), runs.end());
+}
+
+void Allocator::settle(const std::vector<HostRun> &runs, const std::vector<HostRun> &freed) {
+    const std::lock_guard guard(mutex_);
+    retired_.fetch_sub(cluster_count(runs), std::memory_order_relaxed);
+    for (const HostRun &run : freed) {
+        for (std::uint64_t i = 0; i < run.count; ++i)
+            add_free((run.first + i).value, false);
+        punch_queue_.push_back(run);
+        queued_ += run.count;
+    }
+}
+
+bool Allocator::punch_step(std::uint64_t max_bytes) {
+    std::vector<HostRun> withdrawn;
+    {
+        const std::lock_guard guard(mutex_);
+        if (poisoned_.load(std::memory_order_acquire) || punch_queue_.empty())
+            return false;
+        std::uint64_t budget = std::max<std::uint64_t>(max_bytes / geometry_.cluster_size(), 1);
+        while (budget > 0 && !punch_queue_.empty()) {
+            HostRun &front = punch_queue_.front();
+            const std::uint64_t n = std::min(front.count, budget);
+            for (std::uint64_t i = 0; i < n; ++i) {
+                const std::uint64_t c = (front.first + i).value;
+                // Reused, truncated away or punched already: nothing to do for it.
+                if (c >= end_ || !free_.get(c) || zero_.get(c))
+                    continue;
+                free_.clear(c);
+                --free_count_;
+                ++punching_;
+                append_run(withdrawn, {{c}, 1});
+            }
+            budget -= n;
+            queued_ -= n;
+            front.first += n;
+            front.count -= n;
+            if (front.count == 0)
+                punch_queue_.pop_front();
+        }
+    }
+    coalesce(withdrawn);
+    std::vector<bool> punched(withdrawn.size());
+    std::exception_ptr error;
+    for (std::size_t i = 0; i < withdrawn.size(); ++i) {
+        try {
+            if (!error)
+                punched[i] = file_.punch(geometry_.offset_of(withdrawn[i].first), geometry_.bytes(withdrawn[i].count));
+        } catch (...) {
+            error = std::current_exception();
+        }
+    }
+    {
+        const std::lock_guard guard(mutex_);
+        for (std::size_t i = 0; i < withdrawn.size(); ++i)
+            for (std::uint64_t n = 0; n < withdrawn[i].count; ++n) {
+                --punching_;
+                add_free((withdrawn[i].first + n).value, punched[i]);
+            }
+    }
+    if (error)
+        std::rethrow_exception(error);
+    return true;
+}
+
+bool Allocator::truncate_step(std::uint64_t max_bytes, HostCluster floor) {
+    const std::lock_guard length_guard(length_mutex_);
+    std::uint64_t new_end;
+    {
+        const std::lock_guard guard(mutex_);
+        if (poisoned_.load(std::memory_order_acquire))
+            return false;
+        const std::uint64_t lowest_end =
+            std::max(floor.value, end() - std::min(end(), std::max<std::uint64_t>(max_bytes / geometry_.cluster_size(), 1)));
+        new_end = end_;
+        while (new_end > lowest_end && free_.get(new_end - 1)) {
+            --new_end;
+            free_.clear(new_end);
+            zero_.clear(new_end);
+            --free_count_;
+        }
+        if (new_end == end_)
+            return false;
+        // Withdrawn: nobody is given a cluster at or beyond new_end until the file has been extended again, and
+        // extending waits for length_mutex_.
+        end_ = new_end;
+        free_.resize(end_);
+        zero_.resize(end_);
+        loaded_.resize(regions());
+        next_unloaded_ = std::min<std::uint64_t>(next_unloaded_, loaded_.size());
+        lowest_ = std::min(lowest_, end());
+    }
+    file_.truncate(geometry_.bytes(new_end));
+    return true;
+}
+
+// --- watching -----------------------------------------------------------------------------------------------------
+
+void Allocator::start_watching() {
+    const std::lock_guard guard(mutex_);
+    watching_ = true;
+    watched_.assign(end_, false);
+}
+
+std::vector<bool> Allocator::watched() const {
+    const std::lock_guard guard(mutex_);
+    return watched_;
+}
+
+void Allocator::stop_watching() {
+    const std::lock_guard guard(mutex_);
+    watching_ = false;
+    watched_.clear();
+}
+
+} // namespace qlean

@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// Which host clusters are free, and the one life of a cluster that stops being used:
+//
+//   InUse → Retired → (unlink durable) → (refcount lowered, durable) → Free → Punching → Free, reading as zeroes
+//
+// A cluster is handed out only if it is Free, and only where its refcount block is durably linked. Retired clusters
+// come back through the commit leader alone. Punching and truncating first withdraw clusters from the free map, work
+// outside the mutex, and hand them back. The end of the file is this class's number; fstat is not asked.
+//
+// One mutex over bitmaps; the free map of a region (what one refcount block describes) is read from the file when it
+// is first needed. Sizes are clusters unless they say bytes.
+#pragma once
+
+#include "address.h"
+#include "file.h"
+#include "refcounts.h"
+
+#include <atomic>
+#include <deque>
+#include <functional>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+namespace qlean {
+
+class Allocator {
+  public:
+    /// `end`: clusters of the file. `metadata`: gives clusters that are in use whatever their refcount says.
+    Allocator(const Geometry &geometry, File &file, Refcounts &refcounts, std::uint64_t end,
+              std::function<std::vector<HostRun>()> metadata);
+
+    struct Extent {
+        HostRun run;
+        bool zero; ///< the host reads zeroes here
+    };
+
+    /// Clusters taken from the free map. What is not published when it dies is retired.
+    class [[nodiscard]] Reservation {
+      public:
+        Reservation() = default;
+        Reservation(Reservation &&other) noexcept { *this = std::move(other); }
+        Reservation &operator=(Reservation &&other) noexcept;
+        ~Reservation();
+
+        bool empty() const { return extents_.empty(); }
+        std::uint64_t count() const;
+        const std::vector<Extent> &extents() const { return extents_; }
+        /// The entries that point here are stored: the clusters belong to the image now.
+        void publish() { extents_.clear(); }
+        /// Takes the first cluster out, as published.
+        Extent take_first();
+
+      private:
+        friend class Allocator;
+        Allocator *allocator_ = nullptr;
+        std::vector<Extent> extents_;
+    };
+
+    /// What to do when nothing is free below the end of the file.
+    enum class Growth {
+        after_commit, ///< give up if a commit would free a worthwhile amount
+        now,          ///< grow the file
+    };
+    /// Reserves `count` clusters, lowest first, in as few runs as that gives. Empty: commit, giving back, and try
+    /// again. Throws Error (no_space) if the host cannot extend the file.
+    Reservation reserve(std::uint64_t count, Growth growth);
+    /// Up to `count` clusters below `limit`, lowest first; never grows the file.
+    Reservation reserve_below(std::uint64_t count, HostCluster limit);
+    /// Exactly `count` adjacent clusters below `limit`, or none.
+    Reservation reserve_contiguous_below(std::uint64_t count, HostCluster limit);
+
+    /// The clusters are no longer referenced by anything in memory. Whoever relied on them has finished.
+    void retire(const std::vector<HostRun> &runs);
+
+    std::uint64_t end() const { return end_.load(std::memory_order_acquire); }
+    /// End of what durably linked refcount blocks cover without a gap from the region that holds end().
+    std::uint64_t covered_end() const;
+
+    struct Counts {
+        std::uint64_t end, free, punching, retired;
+        bool complete; ///< every region's free map is known
+        std::uint64_t live() const { return end - free - punching - retired; }
+    };
+    Counts counts() const;
+    std::uint64_t retired_bytes() const { return geometry_.bytes(retired_.load(std::memory_order_relaxed)); }
+    std::uint64_t waiting_to_punch_bytes() const;
+    /// Loads the free map of every region.
+    void load_all();
+    /// In use at or above `from`: the highest such cluster + 1, or `from`.
+    HostCluster highest_in_use(HostCluster from) const;
+    /// Free clusters below `limit`.
+    std::uint64_t free_below(HostCluster limit) const;
+    bool is_free(HostCluster c) const;
+
+    // For the commit leader.
+    std::vector<HostRun> take_retired();
+    void put_back_retired(std::vector<HostRun> runs);
+    std::vector<HostRun> take_allocated();
+    void put_back_allocated(const std::vector<HostRun> &runs);
+    /// The free maps that hold these clusters are loaded: must precede lowering their refcounts.
+    void load_regions_of(const std::vector<HostRun> &runs);
+    /// `runs` left the retired state; of them `freed` have a durable refcount of 0 and become free.
+    void settle(const std::vector<HostRun> &runs, const std::vector<HostRun> &freed);
+    /// Extends the file so that [first, first + count), beyond what is covered, is in use; what is skipped is free.
+    void claim_beyond(HostCluster first, std::uint64_t count);
+
+    /// Punches up to `max_bytes` of free clusters that still hold host space; false when there was nothing to do.
+    bool punch_step(std::uint64_t max_bytes);
+    /// Shortens the file by up to `max_bytes` of free tail, but not below `floor`; false when nothing is left to do.
+    bool truncate_step(std::uint64_t max_bytes, HostCluster floor);
+    /// Neither reuse nor give anything back from now on.
+    void poison() { poisoned_.store(true, std::memory_order_release); }
+
+    /// Records every cluster that is taken or retired from now on, until stop_watching().
+    void start_watching();
+    /// What was recorded so far, as a bitmap by host cluster.
+    std::vector<bool> watched() const;
+    void stop_watching();
+
+  private:
+    class Bits {
+      public:
+        void resize(std::uint64_t n) { words_.resize(divide_up(n, 64)); }
+        bool get(std::uint64_t i) const { return words_[i / 64] >> (i % 64) & 1; }
+        void set(std::uint64_t i) { words_[i / 64] |= std::uint64_t{1} << (i % 64); }
+        void clear(std::uint64_t i) { words_[i / 64] &= ~(std::uint64_t{1} << (i % 64)); }
+        std::uint64_t word(std::uint64_t w) const { return words_[w]; }
+        std::uint64_t words() const { return words_.size(); }
+
+      private:
+        std::vector<std::uint64_t> words_;
+    };
+
+    std::uint64_t regions() const { return divide_up(end_, refcounts_.region_clusters()); }
+    // With the mutex held:
+    void take_lowest(std::uint64_t count, std::uint64_t limit, std::vector<Extent> &extents);
+    void take(std::uint64_t c, std::vector<Extent> &extents);
+    void untake(std::vector<Extent> &extents);
+    void add_free(std::uint64_t c, bool zero);
+    void note(HostRun run);
+    bool worth_a_commit() const;
+    std::optional<std::uint64_t> unloaded_region() const;
+
+    void load_region(std::uint64_t region);
+    void load_last_region();
+    bool grow(std::uint64_t count);
+    Reservation finish(std::vector<Extent> extents);
+
+    Geometry geometry_;
+    File &file_;
+    Refcounts &refcounts_;
+    std::function<std::vector<HostRun>()> metadata_;
+
+    std::mutex length_mutex_; // held across every change of the file's length; before mutex_
+    std::mutex load_mutex_;   // held while a region's free map is read; before mutex_
+    mutable std::mutex mutex_;
+    std::atomic<std::uint64_t> end_; // changes under mutex_ and length_mutex_
+    Bits free_, zero_; // by cluster, below end_
+    std::vector<bool> loaded_;
+    std::uint64_t next_unloaded_ = 0;
+    std::uint64_t lowest_ = 0; // no free cluster below
+    std::uint64_t free_count_ = 0, punching_ = 0;
+    std::atomic<std::uint64_t> retired_{0};
+    std::vector<HostRun> retired_runs_, allocated_runs_;
+    std::deque<HostRun> punch_queue_;
+    std::uint64_t queued_ = 0;
+    std::vector<bool> known_metadata_;
+    bool watching_ = false;
+    std::vector<bool> watched_;
+    std::atomic<bool> poisoned_{false};
+};
+
+} // namespace qlean

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// The host file under an image, as an interface: the seam at which tests inject faults and power cuts.
+// Offsets and lengths are bytes. Every operation is safe to call from several threads at once and throws Error.
+#pragma once
+
+#include "address.h"
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace qlean {
+
+class File {
+  public:
+    virtual ~File() = default;
+
+    /// Reads exactly into.size() bytes; what lies beyond the end of the file reads as zeroes.
+    virtual void read(std::span<std::byte> into, HostOffset at) = 0;
+    /// As read, but only if no device has to be waited for; false (and `into` undefined) otherwise.
+    virtual bool read_cached(std::span<std::byte> into, HostOffset at) = 0;
+    virtual void write(std::span<const std::byte> from, HostOffset at) = 0;
+    /// Makes everything that was written before the call durable.
+    virtual void sync() = 0;
+    virtual void truncate(std::uint64_t length) = 0;
+    /// Gives [at, at+length) back to the host, reading as zeroes after. False: not possible, nothing changed.
+    virtual bool punch(HostOffset at, std::uint64_t length) = 0;
+    /// Makes [at, at+length) read as zeroes and keeps the space. False: not possible cheaply, nothing changed.
+    virtual bool zero_keeping_space(HostOffset at, std::uint64_t length) = 0;
+    virtual std::uint64_t length() = 0;
+    /// Bytes the host has allocated for the file.
+    virtual std::uint64_t allocated() = 0;
+    /// The first byte at or after `at` that may hold data; nothing if only a hole follows.
+    virtual std::optional<HostOffset> next_data(HostOffset at) = 0;
+    /// Hints; they may do nothing.
+    virtual void will_need(HostOffset at, std::uint64_t length) = 0;
+    virtual void start_writing_out(HostOffset at, std::uint64_t length) = 0;
+    /// The name for messages.
+    virtual const std::string &name() const = 0;
+
+    /// Writes zeroes the slow way.
+    void write_zeroes(HostOffset at, std::uint64_t length);
+};
+
+/// Numbers the syncs of a file, so that "durable" can be asserted instead of believed.
+///
+/// A write is covered only by a sync that *started* after the write returned; needs() taken after a write is the
+/// number of the first such sync. Only the commit leader calls sync(); the other members may be called by anybody.
+class SyncLog {
+  public:
+    explicit SyncLog(File &file) : file_(file) {}
+
+    /// The first sync that covers everything written before this call.
+    std::uint64_t needs() const { return started_.load(std::memory_order_seq_cst) + 1; }
+    bool is_durable(std::uint64_t needs) const { return completed_.load(std::memory_order_acquire) >= needs; }
+    std::uint64_t completed() const { return completed_.load(std::memory_order_acquire); }
+
+    void sync() {
+        const auto number = started_.fetch_add(1, std::memory_order_seq_cst) + 1;
+        file_.sync();
+        completed_.store(number, std::memory_order_release);
+    }
+
+  private:
+    File &file_;
+    std::atomic<std::uint64_t> started_{0};
+    std::atomic<std::uint64_t> completed_{0};
+};
+
+} // namespace qlean

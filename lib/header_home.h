@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// The header in the file. Every change of it is one write inside the first 512-byte sector, under one mutex, so a
+// power cut leaves the old header or the new one. Not synced here: the caller knows what must be durable first.
+#pragma once
+
+#include "file.h"
+#include "header.h"
+
+#include <mutex>
+
+namespace qlean {
+
+class HeaderHome {
+  public:
+    /// `sector`: the first 512 bytes of the file, from which `header` was parsed.
+    HeaderHome(File &file, Header header, std::vector<std::byte> sector)
+        : file_(file), header_(std::move(header)), sector_(std::move(sector)) {}
+
+    const Header &header() const { return header_; }
+
+    /// Applies `change` to the header and writes it; if writing fails, the header is as it was.
+    template <class F> void update(F &&change) {
+        const std::lock_guard guard(mutex_);
+        Header changed = header_;
+        change(changed);
+        auto sector = sector_;
+        changed.update(sector);
+        file_.write(std::span(sector).first(changed.fixed_length()), HostOffset{0});
+        header_ = std::move(changed);
+        sector_ = std::move(sector);
+    }
+
+  private:
+    File &file_;
+    std::mutex mutex_;
+    Header header_;
+    std::vector<std::byte> sector_;
+};
+
+} // namespace qlean

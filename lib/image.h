@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// A QCOW2 image as a disk: read, write, zero, trim, flush, extents. Offsets and lengths are guest bytes at any
+// alignment; [at, at + length) must lie inside the disk. Every member may be called from any number of threads at
+// once, except close(). Errors are thrown as Error; an operation that throws has lost nothing that was acknowledged.
+//
+// A write is durable after a flush() that was called after it returned.
+#pragma once
+
+#include "state.h"
+
+#include <condition_variable>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <thread>
+
+namespace qlean {
+
+class Image {
+  public:
+    struct Options {
+        bool read_only = false;
+        /// Bytes of L2 tables to keep in memory.
+        std::uint64_t cache_bytes = 64 * 1024 * 1024;
+    };
+
+    /// Opens, locks (as QEMU does) and judges the image at `path`. Nothing of it is changed.
+    static std::unique_ptr<Image> open(const std::string &path, const Options &options);
+    /// Opens an image in any File, without locks: the seam for tests.
+    static std::unique_ptr<Image> open(std::unique_ptr<File> file, const Options &options);
+    ~Image();
+
+    std::uint64_t size() const { return state_.geometry.virtual_size(); }
+    const Geometry &geometry() const { return state_.geometry; }
+    bool read_only() const { return state_.read_only; }
+
+    void read(std::span<std::byte> into, GuestOffset at);
+    void write(std::span<const std::byte> from, GuestOffset at);
+
+    enum class Zero { keep_space, may_trim };
+    /// Makes the range read as zeroes. With `fast`, throws Error with ENOTSUP instead of writing zeroes out.
+    void zero(GuestOffset at, std::uint64_t length, Zero how, bool fast);
+    /// Gives back what the range occupies: whole clusters become unallocated, the rest is punched where the host can.
+    /// The range reads as anything it was or zeroes after. Never fails for its alignment.
+    void trim(GuestOffset at, std::uint64_t length);
+    void flush();
+
+    struct Extent {
+        GuestOffset at;
+        std::uint64_t length;
+        bool allocated; ///< has a host cluster
+        bool zero;      ///< reads as zeroes
+    };
+    /// The extents of the range, ascending, adjacent equal ones joined, at most `most` of them.
+    std::vector<Extent> extents(GuestOffset at, std::uint64_t length, std::size_t most);
+    /// Asks the host to read the range ahead.
+    void prefetch(GuestOffset at, std::uint64_t length);
+
+    /// Commits every few seconds and punches in the background. To be started where threads may be (after a fork).
+    void start_housekeeping();
+    /// Commits, gives back everything, shortens the file by its free tail. Nothing else may be running or follow.
+    void close();
+
+    /// Called with errors that happen in the background.
+    void on_background_error(std::function<void(const std::exception &)> report) { report_ = std::move(report); }
+
+    /// For the maintenance operations.
+    State &state() { return state_; }
+    /// Commits, giving back, and punches what came free.
+    void give_back();
+
+  private:
+    explicit Image(std::unique_ptr<State> state);
+
+    enum class Outcome { done, commit_first };
+    Outcome write_chunk(std::span<const std::byte> from, GuestOffset at, Allocator::Growth growth);
+    bool write_in_place(std::span<const std::byte> from, GuestOffset at);
+    void unmap_chunk(GuestOffset at, std::uint64_t length);
+    void zero_piece(const Mapping &mapping, GuestOffset at, std::uint64_t length, Zero how, bool fast);
+    void zero_keeping_space(GuestOffset at, std::uint64_t length, bool fast);
+    void trim_edge(GuestOffset at, std::uint64_t length);
+    void zero_edge(GuestOffset at, std::uint64_t length, Zero how, bool fast);
+    void zero_host(HostOffset at, std::uint64_t length, Zero how, bool fast);
+    /// Splits [at, at+length) into an unaligned head, whole clusters, and an unaligned tail.
+    template <class Edge, class Middle> void split(GuestOffset at, std::uint64_t length, Edge &&edge, Middle &&middle);
+
+    void before_change();
+    void keep_house();
+
+    std::unique_ptr<State> owner_;
+    State &state_;
+    std::once_flag first_change_;
+    std::function<void(const std::exception &)> report_;
+
+    std::mutex house_mutex_;
+    std::condition_variable house_wakes_;
+    bool house_stops_ = false;
+    std::thread house_;
+};
+
+} // namespace qlean

@@ -1,0 +1,348 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+#include "l2_cache.h"
+
+#include "byte_order.h"
+#include "error.h"
+
+#include <algorithm>
+#include <shared_mutex>
+#include <sys/mman.h>
+
+namespace qlean {
+
+namespace {
+
+constexpr std::uint64_t max_slice_entries = 512;
+
+} // namespace
+
+L2Cache::L2Cache(const Geometry &geometry, File &file, const SyncLog &syncs, L1Table &l1, std::uint64_t limit)
+    : geometry_(geometry), file_(file), syncs_(syncs), l1_(l1),
+      slice_entries_(std::min(geometry.l2_entries(), max_slice_entries)),
+      keys_(divide_up(geometry.guest_clusters(), slice_entries_)),
+      shard_limit_(std::max<std::uint64_t>(limit / slice_bytes() / shard_count, 4)) {
+    // Untouched pages of the directory cost nothing, so opening does not grow with the image.
+    const std::size_t bytes = std::max<std::uint64_t>(keys_, 1) * sizeof(*directory_);
+    void *memory =
+        ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED)
+        throw_io(errno, fmt::format("no memory for the directory of {} L2 slices of '{}'", keys_, file.name()));
+    directory_ = static_cast<std::atomic<Slice *> *>(memory);
+}
+
+L2Cache::~L2Cache() { ::munmap(directory_, std::max<std::uint64_t>(keys_, 1) * sizeof(*directory_)); }
+
+HostOffset L2Cache::home(std::uint64_t key) const {
+    return l1_.table(table_of_slice(key)) + key % slices_per_table() * slice_bytes();
+}
+
+bool L2Cache::peek(std::uint64_t key, std::uint64_t first, std::span<std::uint64_t> out) {
+    Slice *slice = directory_[key].load(std::memory_order_acquire);
+    if (slice == nullptr || slice->key.load(std::memory_order_acquire) != key)
+        return false;
+    for (std::size_t i = 0; i < out.size(); ++i)
+        out[i] = slice->words[first + i].load(std::memory_order_acquire);
+    // Recycling resets the key before it touches a word: an unchanged key vouches for every word read above.
+    if (slice->key.load(std::memory_order_acquire) != key)
+        return false;
+    if (!slice->used.load(std::memory_order_relaxed))
+        slice->used.store(true, std::memory_order_relaxed);
+    return true;
+}
+
+void L2Cache::read(GuestCluster first, std::span<std::uint64_t> out) {
+    while (!out.empty()) {
+        const std::uint64_t key = slice_of(first), at = first.value % slice_entries_;
+        const auto piece = out.first(std::min<std::uint64_t>(out.size(), slice_entries_ - at));
+        if (!peek(key, at, piece)) {
+            const std::uint64_t table = table_of_slice(key);
+            const std::shared_lock guard(l1_.lock(table));
+            if (l1_.table(table).value == 0) {
+                std::fill(piece.begin(), piece.end(), 0);
+            } else {
+                Slice *slice = load(key);
+                for (std::size_t i = 0; i < piece.size(); ++i)
+                    piece[i] = slice->words[at + i].load(std::memory_order_acquire);
+                slice->pins.fetch_sub(1, std::memory_order_release);
+            }
+        }
+        out = out.subspan(piece.size());
+        first += piece.size();
+    }
+}
+
+void L2Cache::read_around(GuestCluster first, std::span<std::uint64_t> out) {
+    while (!out.empty()) {
+        const std::uint64_t key = slice_of(first), at = first.value % slice_entries_;
+        const auto piece = out.first(std::min<std::uint64_t>(out.size(), slice_entries_ - at));
+        if (!peek(key, at, piece)) {
+            const std::uint64_t table = table_of_slice(key);
+            const std::shared_lock guard(l1_.lock(table));
+            if (l1_.table(table).value == 0)
+                std::fill(piece.begin(), piece.end(), 0);
+            else if (!peek(key, at, piece)) {
+                // Not in memory, so the file has it, unless the table is too new to be there. A slice that is
+                // loaded, changed and written while this reads yields its words from before or after the change.
+                std::vector<std::uint64_t> words(slice_entries_);
+                fill_from_file(key, words);
+                std::copy_n(words.begin() + static_cast<std::ptrdiff_t>(at), piece.size(), piece.begin());
+            }
+        }
+        out = out.subspan(piece.size());
+        first += piece.size();
+    }
+}
+
+void L2Cache::fill_from_file(std::uint64_t key, std::span<std::uint64_t> words) {
+    if (l1_.is_new(table_of_slice(key))) {
+        std::fill(words.begin(), words.end(), 0);
+        return;
+    }
+    file_.read(std::as_writable_bytes(words), home(key));
+    for (auto &word : words)
+        word = big_endian(word);
+}
+
+L2Cache::Slice *L2Cache::take_free(Shard &shard) {
+    if (!shard.free.empty()) {
+        Slice *slice = shard.free.back();
+        shard.free.pop_back();
+        return slice;
+    }
+    if (shard.slices.size() >= shard_limit_) {
+        for (std::size_t step = 0; step < 2 * shard.slices.size(); ++step) {
+            Slice &slice = *shard.slices[shard.hand];
+            shard.hand = (shard.hand + 1) % shard.slices.size();
+            if (slice.pins.load(std::memory_order_acquire) != 0 || slice.dirty.load(std::memory_order_acquire))
+                continue;
+            const std::uint64_t key = slice.key.load(std::memory_order_relaxed);
+            if (key == no_key || slice.used.exchange(false, std::memory_order_relaxed))
+                continue;
+            directory_[key].store(nullptr, std::memory_order_release);
+            slice.key.store(no_key, std::memory_order_seq_cst);
+            return &slice;
+        }
+    }
+    auto slice = std::make_unique<Slice>();
+    slice->words = std::make_unique<std::atomic<std::uint64_t>[]>(slice_entries_);
+    shard.slices.push_back(std::move(slice));
+    slices_made_.fetch_add(1, std::memory_order_relaxed);
+    return shard.slices.back().get();
+}
+
+L2Cache::Slice *L2Cache::load(std::uint64_t key) {
+    Shard &s = shard(key);
+    std::unique_lock guard(s.mutex);
+    for (;;) {
+        if (Slice *slice = directory_[key].load(std::memory_order_acquire)) {
+            slice->pins.fetch_add(1, std::memory_order_relaxed);
+            slice->used.store(true, std::memory_order_relaxed);
+            return slice;
+        }
+        if (std::find(s.loading.begin(), s.loading.end(), key) == s.loading.end())
+            break;
+        s.loaded.wait(guard);
+    }
+    Slice *slice = take_free(s);
+    // Pinned before it has a key, so that the clock passes it by while it is filled.
+    slice->pins.fetch_add(1, std::memory_order_relaxed);
+    s.loading.push_back(key);
+    guard.unlock();
+    std::vector<std::uint64_t> words(slice_entries_);
+    std::exception_ptr error;
+    try {
+        fill_from_file(key, words);
+    } catch (...) {
+        error = std::current_exception();
+    }
+    guard.lock();
+    std::erase(s.loading, key);
+    s.loaded.notify_all();
+    if (error) {
+        slice->pins.fetch_sub(1, std::memory_order_relaxed);
+        s.free.push_back(slice);
+        std::rethrow_exception(error);
+    }
+    for (std::size_t i = 0; i < words.size(); ++i)
+        slice->words[i].store(words[i], std::memory_order_release);
+    slice->needs = 0;
+    slice->used.store(true, std::memory_order_relaxed);
+    slice->key.store(key, std::memory_order_release);
+    directory_[key].store(slice, std::memory_order_release);
+    return slice;
+}
+
+L2Cache::Pin L2Cache::pin(std::uint64_t slice) { return {this, load(slice)}; }
+
+L2Cache::Pin &L2Cache::Pin::operator=(Pin &&other) noexcept {
+    std::swap(cache_, other.cache_);
+    std::swap(slice_, other.slice_);
+    return *this;
+}
+
+L2Cache::Pin::~Pin() {
+    if (slice_ != nullptr)
+        slice_->pins.fetch_sub(1, std::memory_order_release);
+}
+
+void L2Cache::Pin::store(GuestCluster c, std::uint64_t word) {
+    const std::lock_guard guard(slice_->mutex);
+    slice_->words[c.value % cache_->slice_entries_].store(word, std::memory_order_release);
+    slice_->needs = std::max(slice_->needs, cache_->syncs_.needs());
+    cache_->mark_dirty(*slice_);
+}
+
+std::uint64_t L2Cache::Pin::load(GuestCluster c) const {
+    return slice_->words[c.value % cache_->slice_entries_].load(std::memory_order_acquire);
+}
+
+void L2Cache::mark_dirty(Slice &slice) {
+    if (slice.dirty.exchange(true, std::memory_order_acq_rel))
+        return;
+    dirty_slices_.fetch_add(1, std::memory_order_relaxed);
+    Shard &s = shard(slice.key.load(std::memory_order_relaxed));
+    const std::lock_guard guard(s.mutex);
+    s.dirty.push_back(&slice);
+}
+
+L2Cache::Slice *L2Cache::pin_if_present(std::uint64_t key) {
+    const std::lock_guard guard(shard(key).mutex);
+    Slice *slice = directory_[key].load(std::memory_order_acquire);
+    if (slice != nullptr)
+        slice->pins.fetch_add(1, std::memory_order_relaxed);
+    return slice;
+}
+
+/// Copies a pinned slice; if that cleans it, the pin passes to `copy`, else it is given back.
+void L2Cache::copy_slice(Slice &slice, std::uint64_t *to, Copy &copy, std::uint64_t &cleared) {
+    bool was_dirty;
+    {
+        const std::lock_guard guard(slice.mutex);
+        for (std::size_t i = 0; i < slice_entries_; ++i)
+            to[i] = big_endian(slice.words[i].load(std::memory_order_acquire));
+        copy.needs = std::max(copy.needs, std::exchange(slice.needs, 0));
+        was_dirty = slice.dirty.exchange(false, std::memory_order_acq_rel);
+    }
+    if (was_dirty) {
+        copy.slices.push_back(&slice);
+        ++cleared;
+    } else {
+        slice.pins.fetch_sub(1, std::memory_order_release);
+    }
+}
+
+std::vector<L2Cache::Copy> L2Cache::take_dirty() {
+    std::vector<Slice *> dirty;
+    for (Shard &s : shards_) {
+        const std::lock_guard guard(s.mutex);
+        for (Slice *slice : s.dirty) {
+            slice->pins.fetch_add(1, std::memory_order_relaxed);
+            dirty.push_back(slice);
+        }
+        s.dirty.clear();
+    }
+    std::vector<Copy> copies;
+    std::uint64_t cleared = 0;
+    std::vector<std::uint64_t> copied_whole;
+    const auto copy_whole = [&](std::uint64_t table) {
+        Copy copy;
+        copy.at = l1_.table(table);
+        copy.words.resize(geometry_.l2_entries());
+        copy.whole_new_table = true;
+        copy.table = table;
+        for (std::uint64_t i = 0; i < slices_per_table(); ++i) {
+            const std::uint64_t key = table * slices_per_table() + i;
+            if (key >= keys_)
+                break;
+            if (Slice *slice = pin_if_present(key))
+                copy_slice(*slice, copy.words.data() + i * slice_entries_, copy, cleared);
+        }
+        copied_whole.push_back(table);
+        copies.push_back(std::move(copy));
+    };
+    for (Slice *slice : dirty) {
+        if (slice->dirty.load(std::memory_order_acquire)) {
+            const std::uint64_t key = slice->key.load(std::memory_order_acquire);
+            const std::uint64_t table = table_of_slice(key);
+            // A new table must reach the file whole before a slice of it may leave memory.
+            if (l1_.is_new(table)) {
+                copy_whole(table);
+            } else {
+                Copy copy;
+                copy.at = home(key);
+                copy.words.resize(slice_entries_);
+                copy.table = table;
+                slice->pins.fetch_add(1, std::memory_order_relaxed);
+                copy_slice(*slice, copy.words.data(), copy, cleared);
+                if (!copy.slices.empty())
+                    copies.push_back(std::move(copy));
+            }
+        }
+        slice->pins.fetch_sub(1, std::memory_order_release);
+    }
+    for (const std::uint64_t table : l1_.new_tables())
+        if (std::find(copied_whole.begin(), copied_whole.end(), table) == copied_whole.end())
+            copy_whole(table);
+    dirty_slices_.fetch_sub(cleared, std::memory_order_relaxed);
+    return copies;
+}
+
+void L2Cache::done(const Copy &copy) {
+    if (copy.whole_new_table)
+        l1_.written(copy.table);
+    for (Slice *slice : copy.slices)
+        slice->pins.fetch_sub(1, std::memory_order_release);
+}
+
+void L2Cache::failed(const Copy &copy) {
+    for (Slice *slice : copy.slices) {
+        {
+            const std::lock_guard guard(slice->mutex);
+            slice->needs = std::max(slice->needs, copy.needs);
+            mark_dirty(*slice);
+        }
+        slice->pins.fetch_sub(1, std::memory_order_release);
+    }
+}
+
+std::vector<std::uint64_t> L2Cache::whole_table(std::uint64_t i) {
+    std::vector<std::uint64_t> words(geometry_.l2_entries());
+    const bool is_new = l1_.is_new(i);
+    if (!is_new)
+        file_.read(std::as_writable_bytes(std::span(words)), l1_.table(i));
+    for (std::uint64_t n = 0; n < slices_per_table(); ++n) {
+        const std::uint64_t key = i * slices_per_table() + n;
+        if (key >= keys_)
+            break;
+        const std::uint64_t at = n * slice_entries_;
+        if (Slice *slice = pin_if_present(key)) {
+            for (std::uint64_t e = 0; e < slice_entries_; ++e)
+                words[at + e] = big_endian(slice->words[e].load(std::memory_order_acquire));
+            slice->pins.fetch_sub(1, std::memory_order_release);
+        }
+    }
+    return words;
+}
+
+void L2Cache::discard_table(std::uint64_t i) {
+    for (std::uint64_t n = 0; n < slices_per_table(); ++n) {
+        const std::uint64_t key = i * slices_per_table() + n;
+        if (key >= keys_)
+            break;
+        Shard &s = shard(key);
+        const std::lock_guard guard(s.mutex);
+        Slice *slice = directory_[key].load(std::memory_order_acquire);
+        if (slice == nullptr)
+            continue;
+        directory_[key].store(nullptr, std::memory_order_release);
+        slice->key.store(no_key, std::memory_order_seq_cst);
+        if (slice->dirty.exchange(false, std::memory_order_acq_rel))
+            dirty_slices_.fetch_sub(1, std::memory_order_relaxed);
+        slice->needs = 0;
+        std::erase(s.dirty, slice);
+        s.free.push_back(slice);
+    }
+}
+
+} // namespace qlean

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+#include "mapper.h"
+
+#include "error.h"
+
+#include <array>
+#include <mutex>
+
+namespace qlean {
+
+namespace {
+
+constexpr std::size_t batch = 64;
+
+} // namespace
+
+void Mapper::require_sane(GuestCluster c, const Mapping &mapping) const {
+    if (mapping.kind == Mapping::Kind::compressed)
+        throw Error(Error::Kind::unsupported, EIO,
+                    fmt::format("'{}': the cluster at guest offset {:#x} is compressed, which is not supported yet",
+                                file_, geometry_.offset_of(c).value));
+    if (mapping.kind == Mapping::Kind::damaged || (mapping.has_host() && mapping.host.value >= allocator_.end()))
+        throw_bad_image("'{}' is damaged: the L2 entry of guest offset {:#x} points to no valid cluster; stop the "
+                        "server and run 'qemu-img check'",
+                        file_, geometry_.offset_of(c).value);
+}
+
+void Mapper::resolve(GuestCluster first, std::span<Mapping> out) {
+    std::array<std::uint64_t, batch> words;
+    for (std::size_t done = 0; done < out.size();) {
+        const auto n = std::min(batch, out.size() - done);
+        l2_.read(first + done, std::span(words).first(n));
+        for (std::size_t i = 0; i < n; ++i) {
+            out[done + i] = decode(words[i]);
+            require_sane(first + done + i, out[done + i]);
+        }
+        done += n;
+    }
+}
+
+void Mapper::survey(GuestCluster first, std::span<Mapping> out) {
+    std::vector<std::uint64_t> words(out.size());
+    l2_.read_around(first, words);
+    for (std::size_t i = 0; i < words.size(); ++i)
+        out[i] = decode(words[i]);
+}
+
+bool Mapper::ensure_table(GuestCluster c, Allocator::Growth growth) {
+    const std::uint64_t i = geometry_.l1_index(c);
+    if (l1_.table(i).value != 0) {
+        // An L1 entry without the flag belongs to a snapshot as well.
+        if (!(l1_.word(i) & entry::copied))
+            throw Error(Error::Kind::unsupported, EIO,
+                        fmt::format("'{}': L2 table {} may be shared with a snapshot, which is not supported yet; "
+                                    "'qemu-img check -r all' repairs a flag left wrong by a crash",
+                                    file_, i));
+        return true;
+    }
+    const std::lock_guard guard(l1_.lock(i));
+    if (l1_.table(i).value != 0)
+        return true;
+    auto home = allocator_.reserve(1, growth);
+    if (home.empty())
+        return false;
+    l1_.link_new(i, geometry_.offset_of(home.take_first().run.first));
+    return true;
+}
+
+Mapper::Editor::Editor(Mapper &mapper, GuestCluster first, std::uint64_t count)
+    : mapper_(mapper), l1_guard_(mapper.l1_.lock(mapper.geometry_.l1_index(first))),
+      first_slice_(mapper.l2_.slice_of(first)) {
+    if (!mapper.has_table(first))
+        return;
+    const std::uint64_t last_slice = mapper.l2_.slice_of(first + (count - 1));
+    pins_.reserve(last_slice - first_slice_ + 1);
+    for (std::uint64_t s = first_slice_; s <= last_slice; ++s)
+        pins_.push_back(mapper.l2_.pin(s));
+}
+
+Mapping Mapper::Editor::get(GuestCluster c) const {
+    if (!exists())
+        return {};
+    const Mapping mapping = mapper_.decode(pin(c).load(c));
+    mapper_.require_sane(c, mapping);
+    return mapping;
+}
+
+void Mapper::Editor::set(GuestCluster c, std::uint64_t word) {
+    pins_[mapper_.l2_.slice_of(c) - first_slice_].store(c, word);
+}
+
+} // namespace qlean

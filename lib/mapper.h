@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// From guest clusters to what the L2 tables say of them, and back: resolving, linking, changing.
+//
+// resolve() wants the clusters held in the range lock (shared is enough); an Editor wants them exclusively. An Editor
+// works within one L2 table, whose L1 lock it holds shared; no data I/O while one lives.
+#pragma once
+
+#include "allocator.h"
+#include "l1_table.h"
+#include "l2_cache.h"
+#include "l2_entry.h"
+
+#include <shared_mutex>
+#include <span>
+
+namespace qlean {
+
+class Mapper {
+  public:
+    Mapper(const Geometry &geometry, unsigned version, const std::string &file, L1Table &l1, L2Cache &l2,
+           Allocator &allocator)
+        : geometry_(geometry), version_(version), file_(file), l1_(l1), l2_(l2), allocator_(allocator) {}
+
+    /// What guest clusters [first, first + out.size()) map to. Throws Error (bad_image) for an entry that cannot be.
+    void resolve(GuestCluster first, std::span<Mapping> out);
+    /// As resolve, passing by the cache, and taking a damaged entry as it is: for plans and walks.
+    void survey(GuestCluster first, std::span<Mapping> out);
+
+    /// The table that maps `c` exists after this. False: commit first, then ask again.
+    bool ensure_table(GuestCluster c, Allocator::Growth growth);
+    bool has_table(GuestCluster c) const { return l1_.table(geometry_.l1_index(c)).value != 0; }
+    /// One past the last guest cluster that the table of `c` maps.
+    GuestCluster table_end(GuestCluster c) const {
+        return {std::min((geometry_.l1_index(c) + 1) * geometry_.l2_entries(), geometry_.guest_clusters())};
+    }
+
+    class [[nodiscard]] Editor {
+      public:
+        /// For clusters [first, first + count) of one table. Loads what it needs; the rest cannot fail.
+        Editor(Mapper &mapper, GuestCluster first, std::uint64_t count);
+        /// There is a table; without one everything is unallocated and nothing may be set.
+        bool exists() const { return !pins_.empty(); }
+        Mapping get(GuestCluster c) const;
+        void set(GuestCluster c, std::uint64_t word);
+
+      private:
+        const L2Cache::Pin &pin(GuestCluster c) const { return pins_[mapper_.l2_.slice_of(c) - first_slice_]; }
+
+        Mapper &mapper_;
+        std::shared_lock<RwLock> l1_guard_;
+        std::uint64_t first_slice_;
+        std::vector<L2Cache::Pin> pins_;
+    };
+
+  private:
+    Mapping decode(std::uint64_t word) const { return entry::decode(word, geometry_.cluster_bits(), version_); }
+    void require_sane(GuestCluster c, const Mapping &mapping) const;
+
+    Geometry geometry_;
+    unsigned version_;
+    const std::string &file_;
+    L1Table &l1_;
+    L2Cache &l2_;
+    Allocator &allocator_;
+};
+
+} // namespace qlean

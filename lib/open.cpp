@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// Opening: from a file to the parts of an image, or one clear sentence. What is read is bounded by what the header
+// may claim (32 MiB of L1, 8 MiB of refcount table) and does not grow with what is allocated.
+#include "byte_order.h"
+#include "error.h"
+#include "image.h"
+#include "image_lock.h"
+#include "posix_file.h"
+
+namespace qlean {
+
+namespace {
+
+/// A crash may leave refcounts for clusters that the file did not get; more than this many are damage.
+constexpr std::uint64_t max_clusters_beyond_end = std::uint64_t{1} << 26;
+/// L2 entries looked at to tell an image with compressed clusters.
+constexpr std::size_t compression_probe_tables = 16;
+
+std::vector<std::uint64_t> read_words(File &file, HostOffset at, std::uint64_t count) {
+    std::vector<std::uint64_t> words(count);
+    file.read(std::as_writable_bytes(std::span(words)), at);
+    return words;
+}
+
+Header read_header(File &file, std::vector<std::byte> &sector) {
+    const std::uint64_t length = file.length();
+    std::vector<std::byte> bytes(std::min<std::uint64_t>(length, 4096));
+    file.read(bytes, HostOffset{0});
+    if (bytes.size() >= 24 && load_be<std::uint32_t>(bytes, 0) == Header::magic) {
+        const std::uint64_t cluster = std::uint64_t{1} << std::min(load_be<std::uint32_t>(bytes, 20), 21u);
+        if (cluster > bytes.size() && length > bytes.size()) {
+            bytes.resize(std::min(cluster, length));
+            file.read(bytes, HostOffset{0});
+        }
+    }
+    Header header = Header::parse(bytes, file.name());
+    sector.assign(bytes.begin(), bytes.begin() + static_cast<std::ptrdiff_t>(std::min<std::size_t>(bytes.size(), 512)));
+    sector.resize(512);
+    return header;
+}
+
+void require_inside(const File &file, HostOffset at, std::uint64_t bytes, std::uint64_t length, const char *what) {
+    if (at.value > length || bytes > length - at.value)
+        throw_bad_image("'{}' is truncated: its {} at {:#x} lies beyond the end of the file ({} bytes)", file.name(),
+                        what, at.value, length);
+}
+
+void check_l1(const File &file, const Geometry &geometry, const std::vector<std::uint64_t> &words,
+              std::uint64_t length) {
+    for (std::size_t i = 0; i < words.size(); ++i) {
+        const std::uint64_t word = big_endian(words[i]);
+        if (word == 0)
+            continue;
+        if (!entry::valid_l1(word, geometry.cluster_bits()))
+            throw_bad_image("'{}' is damaged: L1 entry {} is {:#x}, which is no valid table; see 'qemu-img check'",
+                            file.name(), i, word);
+        require_inside(file, entry::table(word), geometry.cluster_size(), length, "L2 table");
+    }
+}
+
+void refuse_compression(File &file, const Geometry &geometry, const std::vector<std::uint64_t> &l1) {
+    std::size_t probed = 0;
+    for (const std::uint64_t raw : l1) {
+        const HostOffset table = entry::table(big_endian(raw));
+        if (table.value == 0)
+            continue;
+        if (++probed > compression_probe_tables)
+            return;
+        for (const std::uint64_t word : read_words(file, table, std::min<std::uint64_t>(geometry.l2_entries(), 8192)))
+            if (big_endian(word) & entry::compressed)
+                throw Error(Error::Kind::unsupported, ENOTSUP,
+                            fmt::format("'{}' uses compressed clusters, which is not supported yet", file.name()));
+    }
+}
+
+/// One past the highest cluster with a refcount.
+std::uint64_t refcounted_end(File &file, const Geometry &geometry, const std::vector<std::uint64_t> &table,
+                             std::uint64_t length) {
+    std::vector<std::byte> block(geometry.cluster_size());
+    for (std::size_t i = table.size(); i-- > 0;) {
+        const HostOffset at{big_endian(table[i])};
+        if (at.value == 0)
+            continue;
+        require_inside(file, at, geometry.cluster_size(), length, "refcount block");
+        file.read(block, at);
+        const RefcountView view(block, geometry.refcount_order());
+        for (std::size_t n = view.size(); n-- > 0;)
+            if (view.get(n) != 0)
+                return i * geometry.refcounts_per_block() + n + 1;
+    }
+    return 0;
+}
+
+/// Refcounts beyond the end of the file are what a crash leaves; entries beyond it mean that data is missing.
+void refuse_truncated(File &file, const Geometry &geometry, const std::vector<std::uint64_t> &l1, std::uint64_t length) {
+    for (std::size_t i = 0; i < l1.size(); ++i) {
+        const HostOffset table = entry::table(big_endian(l1[i]));
+        if (table.value == 0)
+            continue;
+        for (const std::uint64_t raw : read_words(file, table, geometry.l2_entries())) {
+            const std::uint64_t word = big_endian(raw);
+            if (!(word & entry::compressed) && (word & entry::offset_mask) >= length)
+                throw_bad_image("'{}' is truncated: it refers to data at {:#x}, but ends at {} bytes; restore it from "
+                                "a backup",
+                                file.name(), word & entry::offset_mask, length);
+        }
+    }
+}
+
+} // namespace
+
+std::unique_ptr<Image> Image::open(std::unique_ptr<File> file, const Options &options) {
+    std::vector<std::byte> sector;
+    Header header = read_header(*file, sector);
+    header.require_supported(file->name());
+    const Geometry geometry = header.geometry();
+    const std::uint64_t length = file->length();
+
+    require_inside(*file, header.l1_offset, std::uint64_t{header.l1_size} * 8, length, "L1 table");
+    auto l1 = read_words(*file, header.l1_offset, header.l1_size);
+    check_l1(*file, geometry, l1, length);
+    refuse_compression(*file, geometry, l1);
+
+    const std::uint64_t table_bytes = geometry.bytes(header.refcount_table_clusters);
+    require_inside(*file, header.refcount_table_offset, table_bytes, round_up(length, geometry.cluster_size()),
+                   "refcount table");
+    auto table = read_words(*file, header.refcount_table_offset, table_bytes / 8);
+    const std::uint64_t file_end = geometry.clusters_for(length);
+    const std::uint64_t counted_end = refcounted_end(*file, geometry, table, length);
+    if (counted_end > file_end) {
+        if (counted_end - file_end > max_clusters_beyond_end)
+            throw_bad_image("'{}' is damaged or truncated: {} clusters are in use, but it holds only {}", file->name(),
+                            counted_end, file_end);
+        refuse_truncated(*file, geometry, l1, length);
+    }
+    auto state = std::make_unique<State>(std::move(file), std::move(header), std::move(sector), std::move(l1),
+                                         std::move(table), std::max(file_end, counted_end), options.read_only,
+                                         options.cache_bytes);
+    return std::unique_ptr<Image>(new Image(std::move(state)));
+}
+
+std::unique_ptr<Image> Image::open(const std::string &path, const Options &options) {
+    const auto access = options.read_only ? PosixFile::Access::read_only : PosixFile::Access::read_write;
+    auto file = PosixFile::open(path, access);
+    lock_image(*file, access);
+    if (!options.read_only) {
+        // A server that was killed leaves writes that nobody has made durable; everything below relies on what it
+        // reads. After a sync that failed, the page cache shows what the device never got.
+        if (file->had_failed_sync()) {
+            file->distrust_page_cache();
+            file->remember_failed_sync(false);
+        } else {
+            file->sync();
+        }
+    }
+    PosixFile &posix = *file;
+    auto image = open(std::move(file), options);
+    image->state().write_back.on_poison([&posix] { posix.remember_failed_sync(true); });
+    return image;
+}
+
+} // namespace qlean

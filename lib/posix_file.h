@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// A regular file of the host. Owns the descriptor, and with it the image locks that were taken on it.
+#pragma once
+
+#include "file.h"
+
+#include <memory>
+
+namespace qlean {
+
+class PosixFile final : public File {
+  public:
+    enum class Access { read_only, read_write };
+
+    /// Opens an existing regular file. Throws Error that names the file and the reason.
+    static std::unique_ptr<PosixFile> open(const std::string &path, Access access);
+    /// Creates a new file; fails if one exists.
+    static std::unique_ptr<PosixFile> create(const std::string &path);
+    ~PosixFile() override;
+    PosixFile(const PosixFile &) = delete;
+    PosixFile &operator=(const PosixFile &) = delete;
+
+    void read(std::span<std::byte> into, HostOffset at) override;
+    bool read_cached(std::span<std::byte> into, HostOffset at) override;
+    void write(std::span<const std::byte> from, HostOffset at) override;
+    void sync() override;
+    void truncate(std::uint64_t length) override;
+    bool punch(HostOffset at, std::uint64_t length) override;
+    bool zero_keeping_space(HostOffset at, std::uint64_t length) override;
+    std::uint64_t length() override;
+    std::uint64_t allocated() override;
+    std::optional<HostOffset> next_data(HostOffset at) override;
+    void will_need(HostOffset at, std::uint64_t length) override;
+    void start_writing_out(HostOffset at, std::uint64_t length) override;
+    const std::string &name() const override { return path_; }
+
+    int descriptor() const { return fd_; }
+    /// Writes back what is dirty and forgets the page cache: after a failed sync the kernel marks pages clean that
+    /// never reached the device, and only the device tells the truth.
+    void distrust_page_cache();
+    /// Remembers, or asks, whether a sync of this file failed while its pages may still be cached.
+    void remember_failed_sync(bool failed);
+    bool had_failed_sync() const;
+
+  private:
+    PosixFile(int fd, std::string path) : fd_(fd), path_(std::move(path)) {}
+    [[noreturn]] void fail(int code, const char *what, HostOffset at, std::uint64_t length) const;
+
+    int fd_;
+    std::string path_;
+    std::atomic<bool> can_punch_{true};
+    std::atomic<bool> can_zero_{true};
+};
+
+} // namespace qlean

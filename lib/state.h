@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// The parts of one open image, built in the order in which they rely on each other. What the services (image,
+// compaction) share; it has no behaviour of its own.
+#pragma once
+
+#include "allocator.h"
+#include "file.h"
+#include "header_home.h"
+#include "l1_table.h"
+#include "l2_cache.h"
+#include "mapper.h"
+#include "range_lock.h"
+#include "refcounts.h"
+#include "write_back.h"
+
+#include <memory>
+
+namespace qlean {
+
+struct State {
+    State(std::unique_ptr<File> file, Header header, std::vector<std::byte> header_sector,
+          std::vector<std::uint64_t> l1_words, std::vector<std::uint64_t> refcount_table, std::uint64_t end,
+          bool read_only, std::uint64_t cache_bytes);
+
+    const std::unique_ptr<File> file_owner;
+    File &file;
+    const Geometry geometry;
+    const bool read_only;
+    SyncLog syncs;
+    HeaderHome header;
+    L1Table l1;
+    L2Cache l2;
+    Refcounts refcounts;
+    Allocator allocator;
+    WriteBack write_back;
+    RangeLock ranges;
+    Mapper mapper;
+    const std::uint64_t cache_bytes;
+
+    /// Header, L1, refcount table and blocks, L2 tables: in use, whatever their refcounts say.
+    std::vector<HostRun> metadata_runs() const;
+};
+
+} // namespace qlean

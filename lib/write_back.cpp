@@ -1,0 +1,328 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+#include "write_back.h"
+
+#include "byte_order.h"
+#include "error.h"
+
+#include <cassert>
+#include <chrono>
+
+namespace qlean {
+
+namespace {
+
+constexpr std::uint64_t min_margin_bytes = 4 * 1024 * 1024;
+
+} // namespace
+
+/// What one commit copied at its start.
+struct WriteBack::Round {
+    std::vector<HostRun> retired;
+    std::vector<L1Table::DirtyRun> l1;
+    std::vector<L2Cache::Copy> l2;
+    bool published = false;
+};
+
+WriteBack::WriteBack(const Geometry &geometry, File &file, SyncLog &syncs, HeaderHome &header, L1Table &l1, L2Cache &l2,
+                     Refcounts &refcounts, Allocator &allocator)
+    : geometry_(geometry), file_(file), syncs_(syncs), header_(header), l1_(l1), l2_(l2), refcounts_(refcounts),
+      allocator_(allocator) {}
+
+void WriteBack::require_healthy() const {
+    if (poisoned())
+        throw Error(Error::Kind::denied, EIO,
+                    fmt::format("'{}': an earlier write could not be made durable, so nothing more is written; stop the "
+                                "server, check the host's storage, then start it again",
+                                file_.name()));
+}
+
+bool WriteBack::anything_to_commit() const {
+    return l1_.dirty() || l2_.dirty_bytes() != 0 || allocator_.retired_bytes() != 0;
+}
+
+void WriteBack::sync() {
+    try {
+        syncs_.sync();
+    } catch (...) {
+        if (!poisoned_.exchange(true)) {
+            allocator_.poison();
+            if (on_poison_)
+                on_poison_();
+        }
+        throw;
+    }
+}
+
+void WriteBack::sync_as_leader() { sync(); }
+
+// --- leading ------------------------------------------------------------------------------------------------------
+
+void WriteBack::commit(Give give) {
+    std::unique_lock guard(mutex_);
+    // A round that has started may have copied before this caller's writes returned: the next one counts.
+    const std::uint64_t target = started_ + 1;
+    for (;;) {
+        if ((give == Give::back ? gave_back_ : succeeded_) >= target)
+            return;
+        if (completed_.load(std::memory_order_relaxed) >= target && failure_)
+            std::rethrow_exception(failure_);
+        if (give == Give::back)
+            give_back_next_ = true;
+        if (leading_) {
+            changed_.wait(guard);
+            continue;
+        }
+        leading_ = true;
+        const std::uint64_t round = ++started_;
+        const Give mode = std::exchange(give_back_next_, false) ? Give::back : Give::later;
+        guard.unlock();
+        std::exception_ptr failure;
+        try {
+            run(mode);
+        } catch (...) {
+            failure = std::current_exception();
+        }
+        guard.lock();
+        leading_ = false;
+        completed_.store(round, std::memory_order_relaxed);
+        failure_ = failure;
+        if (!failure) {
+            succeeded_ = round;
+            if (mode == Give::back)
+                gave_back_ = round;
+        }
+        changed_.notify_all();
+    }
+}
+
+void WriteBack::lead(const std::function<void()> &task) {
+    std::unique_lock guard(mutex_);
+    changed_.wait(guard, [&] { return !leading_; });
+    leading_ = true;
+    guard.unlock();
+    const auto done = [&] {
+        guard.lock();
+        leading_ = false;
+        changed_.notify_all();
+    };
+    try {
+        task();
+    } catch (...) {
+        done();
+        throw;
+    }
+    done();
+}
+
+void WriteBack::commit_as_leader(Give give) { run(give); }
+
+// --- one round ----------------------------------------------------------------------------------------------------
+
+void WriteBack::run(Give give) {
+    require_healthy();
+    const auto began = std::chrono::steady_clock::now();
+    link_ahead();
+
+    Round round;
+    round.retired = allocator_.take_retired();
+    round.l1 = l1_.take_dirty();
+    round.l2 = l2_.take_dirty();
+    try {
+        write_first(round);
+        publish(round);
+    } catch (...) {
+        if (!round.published) {
+            l1_.put_back(round.l1);
+            for (const auto &copy : round.l2)
+                l2_.failed(copy);
+            allocator_.put_back_retired(std::move(round.retired));
+        }
+        throw;
+    }
+    for (const auto &copy : round.l2)
+        l2_.done(copy);
+    unlinked_.insert(unlinked_.end(), round.retired.begin(), round.retired.end());
+    if (give == Give::back && !unlinked_.empty()) {
+        // Phase 3: lowered only now that nothing durable points there any more; free only when that is durable too.
+        lower_unlinked();
+        refcounts_.write_dirty();
+        sync();
+        settle_lowered();
+    }
+    last_ms_.store(
+        std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - began).count(),
+        std::memory_order_relaxed);
+}
+
+void WriteBack::apply_increments() {
+    auto allocated = allocator_.take_allocated();
+    std::size_t done = 0;
+    try {
+        for (; done < allocated.size(); ++done)
+            refcounts_.increment(allocated[done]);
+    } catch (...) {
+        allocated.erase(allocated.begin(), allocated.begin() + static_cast<std::ptrdiff_t>(done));
+        allocator_.put_back_allocated(allocated);
+        throw;
+    }
+}
+
+void WriteBack::lower_unlinked() {
+    allocator_.load_regions_of(unlinked_);
+    while (!unlinked_.empty()) {
+        for (const HostRun &free : refcounts_.decrement(unlinked_.back()))
+            append_run(freed_, free);
+        lowered_.push_back(unlinked_.back());
+        unlinked_.pop_back();
+    }
+}
+
+void WriteBack::settle_lowered() {
+    allocator_.settle(lowered_, freed_);
+    lowered_.clear();
+    freed_.clear();
+}
+
+/// Phase 1: all that the entries of phase 2 rely on. One sync covers it, and the guest's data with it.
+void WriteBack::write_first(Round &round) {
+    apply_increments();
+    // What an earlier round unlinked is lowered along the way; the sync that makes it durable has to happen anyway.
+    lower_unlinked();
+    refcounts_.write_dirty();
+    for (const auto &copy : round.l2)
+        if (copy.whole_new_table)
+            file_.write(std::as_bytes(std::span(copy.words)), copy.at);
+    sync();
+    settle_lowered();
+}
+
+/// Phase 2: the entries.
+void WriteBack::publish(Round &round) {
+    bool wrote = false;
+    for (const auto &copy : round.l2) {
+        if (copy.whole_new_table)
+            continue;
+        if (!syncs_.is_durable(copy.needs))
+            throw std::logic_error("an L2 entry would be published before what it points to is durable");
+        file_.write(std::as_bytes(std::span(copy.words)), copy.at);
+        wrote = true;
+    }
+    for (const auto &run : round.l1) {
+        file_.write(std::as_bytes(std::span(run.words)), run.at);
+        wrote = true;
+    }
+    if (wrote)
+        sync();
+    round.published = true;
+}
+
+// --- refcount structures that grow --------------------------------------------------------------------------------
+
+void WriteBack::link_ahead() {
+    const std::uint64_t region_clusters = refcounts_.region_clusters();
+    const std::uint64_t table_bytes = geometry_.bytes(refcounts_.table_clusters());
+    const std::uint64_t margin = std::max(min_margin_bytes, 2 * table_bytes) / geometry_.cluster_size() + 1;
+    const std::uint64_t end = allocator_.end(), covered = allocator_.covered_end();
+    if (covered >= end + margin / 2)
+        return;
+    const std::uint64_t first = covered / region_clusters;
+    const std::uint64_t last = (end + margin) / region_clusters;
+    std::vector<std::uint64_t> missing;
+    for (std::uint64_t r = first; r <= last; ++r)
+        if (!refcounts_.linked(r))
+            missing.push_back(r);
+    if (!missing.empty())
+        link_regions(missing);
+}
+
+void WriteBack::link_regions(const std::vector<std::uint64_t> &regions) {
+    auto blocks = regions.back() < refcounts_.table_entries()
+                      ? allocator_.reserve(regions.size(), Allocator::Growth::now)
+                      : Allocator::Reservation{};
+    if (blocks.empty()) {
+        link_beyond(regions.front(), regions.back() - regions.front() + 1);
+        return;
+    }
+    apply_increments();
+    refcounts_.write_dirty();
+    const std::vector<std::byte> zeroes(geometry_.cluster_size());
+    std::vector<HostCluster> homes;
+    for (const auto &extent : blocks.extents())
+        for (std::uint64_t i = 0; i < extent.run.count; ++i)
+            homes.push_back(extent.run.first + i);
+    for (const HostCluster home : homes)
+        file_.write(zeroes, geometry_.offset_of(home));
+    sync();
+    // The blocks and their own refcounts are durable: now they may be reached. From here on a failure leaks them, for
+    // the table in the file may point at them already.
+    blocks.publish();
+    for (std::size_t i = 0; i < regions.size(); ++i) {
+        const std::uint64_t word = big_endian(geometry_.offset_of(homes[i]).value);
+        file_.write(std::as_bytes(std::span(&word, 1)), refcounts_.home() + regions[i] * 8);
+    }
+    sync();
+    for (std::size_t i = 0; i < regions.size(); ++i)
+        refcounts_.set_block(regions[i], geometry_.offset_of(homes[i]));
+}
+
+/// Nothing covered is free, or the table is full: the new blocks (and a larger table) go to the first region that
+/// has no block, and describe themselves.
+void WriteBack::link_beyond(std::uint64_t first_region, std::uint64_t count) {
+    const std::uint64_t region_clusters = refcounts_.region_clusters();
+    const std::uint64_t start = first_region * region_clusters;
+    std::uint64_t table_entries = refcounts_.table_entries(), new_table_clusters = 0;
+    for (;;) { // a larger area may need another block, which makes the area larger
+        if (first_region + count > table_entries) {
+            table_entries = std::max(first_region + count, refcounts_.table_entries() * 2);
+            new_table_clusters = geometry_.clusters_for(table_entries * 8);
+            table_entries = geometry_.bytes(new_table_clusters) / 8;
+        }
+        if (count * region_clusters >= count + new_table_clusters + region_clusters / 2)
+            break;
+        ++count;
+    }
+    if (geometry_.bytes(new_table_clusters) > std::max<std::uint64_t>(Header::max_refcount_table_bytes, geometry_.cluster_size()))
+        throw Error(Error::Kind::no_space, ENOSPC,
+                    fmt::format("'{}' cannot grow: its refcount table would exceed 8 MiB; use larger clusters",
+                                file_.name()));
+    const std::uint64_t area = count + new_table_clusters;
+    allocator_.claim_beyond({start}, area);
+
+    std::vector<std::byte> block(geometry_.cluster_size());
+    for (std::uint64_t b = 0; b < count; ++b) {
+        std::fill(block.begin(), block.end(), std::byte{0});
+        RefcountView view(block, geometry_.refcount_order());
+        for (std::uint64_t i = 0; i < region_clusters && b * region_clusters + i < area; ++i)
+            view.set(i, 1);
+        file_.write(block, geometry_.offset_of(HostCluster{start + b}));
+    }
+    std::vector<std::uint64_t> entries(count);
+    for (std::uint64_t b = 0; b < count; ++b)
+        entries[b] = big_endian(geometry_.offset_of(HostCluster{start + b}).value);
+    const HostOffset new_home = geometry_.offset_of(HostCluster{start + count});
+    if (new_table_clusters != 0) {
+        auto words = refcounts_.table_words(0, table_entries);
+        std::copy(entries.begin(), entries.end(), words.begin() + static_cast<std::ptrdiff_t>(first_region));
+        file_.write(std::as_bytes(std::span(words)), new_home);
+    }
+    sync();
+    const HostRun old_table{geometry_.cluster_of(refcounts_.home()), refcounts_.table_clusters()};
+    if (new_table_clusters != 0) {
+        header_.update([&](Header &h) {
+            h.refcount_table_offset = new_home;
+            h.refcount_table_clusters = static_cast<std::uint32_t>(new_table_clusters);
+        });
+    } else {
+        file_.write(std::as_bytes(std::span(entries)), refcounts_.home() + first_region * 8);
+    }
+    sync();
+    if (new_table_clusters != 0)
+        refcounts_.set_table(new_home, table_entries);
+    for (std::uint64_t b = 0; b < count; ++b)
+        refcounts_.set_block(first_region + b, geometry_.offset_of(HostCluster{start + b}));
+    if (new_table_clusters != 0)
+        allocator_.retire({old_table});
+}
+
+} // namespace qlean

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// Commits: the only writer of metadata, in the one order that a power cut cannot hurt.
+//
+//   copy: retired list, L1 runs, L2 slices, refcount increments (the publisher before what it relies on)
+//   1. refcounts and new tables (and the decrements an earlier commit made safe)   → sync
+//   2. L2 slices and L1 runs                                                        → sync
+//   3. giving back: decrements of what 2 unlinked → sync → those clusters are free
+//
+// There is one leader at a time. A flush that arrives after the leader has begun to copy joins the next round;
+// all that arrive in between share it. A failed sync poisons the image: no write is accepted after it.
+#pragma once
+
+#include "allocator.h"
+#include "header_home.h"
+#include "l1_table.h"
+#include "l2_cache.h"
+#include "refcounts.h"
+
+#include <condition_variable>
+#include <functional>
+#include <mutex>
+
+namespace qlean {
+
+class WriteBack {
+  public:
+    WriteBack(const Geometry &geometry, File &file, SyncLog &syncs, HeaderHome &header, L1Table &l1, L2Cache &l2,
+              Refcounts &refcounts, Allocator &allocator);
+
+    enum class Give { later, back };
+    /// Makes everything that completed before the call durable; with Give::back also frees what was retired by then.
+    /// The caller holds no lock. Throws Error if that failed: nothing was lost from memory, and it can be tried again,
+    /// unless the image is poisoned.
+    void commit(Give give);
+
+    /// Runs `task` as the leader: no commit is under way, and none starts until it returns. No lock held.
+    void lead(const std::function<void()> &task);
+    /// A commit from within a task of lead().
+    void commit_as_leader(Give give);
+    /// A sync from within a task of lead(); poisons if it fails.
+    void sync_as_leader();
+    /// From within a task of lead(): links refcount blocks for `count` regions from `first` that lack one.
+    void link_regions(const std::vector<std::uint64_t> &regions);
+
+    /// Throws Error if the image is poisoned.
+    void require_healthy() const;
+    bool poisoned() const { return poisoned_.load(std::memory_order_acquire); }
+    /// Called once, when the image becomes poisoned.
+    void on_poison(std::function<void()> call) { on_poison_ = std::move(call); }
+
+    std::uint64_t commits() const { return completed_.load(std::memory_order_relaxed); }
+    double last_commit_ms() const { return last_ms_.load(std::memory_order_relaxed); }
+    /// Something changed since the last commit began.
+    bool anything_to_commit() const;
+
+  private:
+    struct Round;
+
+    void run(Give give);
+    void write_first(Round &round);
+    void publish(Round &round);
+    void lower_unlinked();
+    void settle_lowered();
+    void apply_increments();
+    /// Keeps refcount blocks linked ahead of the end of the file, so that growth need not wait for a commit.
+    void link_ahead();
+    void link_beyond(std::uint64_t first_region, std::uint64_t count);
+    void sync();
+
+    Geometry geometry_;
+    File &file_;
+    SyncLog &syncs_;
+    HeaderHome &header_;
+    L1Table &l1_;
+    L2Cache &l2_;
+    Refcounts &refcounts_;
+    Allocator &allocator_;
+
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    bool leading_ = false;
+    bool give_back_next_ = false;
+    std::uint64_t started_ = 0;
+    std::uint64_t succeeded_ = 0; ///< newest round that succeeded
+    std::uint64_t gave_back_ = 0; ///< newest round that succeeded and gave back
+    std::atomic<std::uint64_t> completed_{0};
+    std::exception_ptr failure_; ///< of round completed_, if it failed
+    std::atomic<double> last_ms_{0};
+
+    // Leader only.
+    std::vector<HostRun> unlinked_;        ///< unlinked durably, refcount not lowered yet
+    std::vector<HostRun> lowered_, freed_; ///< refcount lowered in memory; of these, what came to zero
+    std::atomic<bool> poisoned_{false};
+    std::function<void()> on_poison_;
+};
+
+} // namespace qlean
