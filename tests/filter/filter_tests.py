@@ -42,11 +42,12 @@ class Server:
         self.socket = self.dir + "/sock"
         self.log = self.dir + "/log"
         self.err = open(self.dir + "/err", "w")
-        command = ["nbdkit", "-f", "-v", "-U", self.socket, *options, "--filter=" + FILTER, "--filter=log",
+        pid = self.dir + "/pid" # written when the socket is ready, which the socket's existence doesn't tell
+        command = ["nbdkit", "-f", "-v", "-U", self.socket, "-P", pid, *options, "--filter=" + FILTER, "--filter=log",
                    *args, "logfile=" + self.log]
         self.process = subprocess.Popen(command, stderr=self.err)
         self.handles = []
-        wait_for(lambda: os.path.exists(self.socket) or self.process.poll() is not None, "the server's socket")
+        wait_for(lambda: os.path.exists(pid) or self.process.poll() is not None, "the server", 60)
         if self.process.poll() is not None:
             raise AssertionError("nbdkit did not start: " + self.messages())
 
@@ -110,10 +111,14 @@ class Async:
 
     def __init__(self, handle, cookie, buffer=None):
         self.handle, self.cookie, self.buffer = handle, cookie, buffer
+        self.finished = False
 
     def finishes_within(self, seconds):
         end = time.monotonic() + seconds
-        while not self.handle.aio_command_completed(self.cookie):
+        while not self.finished:
+            if self.handle.aio_command_completed(self.cookie):
+                self.finished = True # libnbd tells it once
+                break
             left = end - time.monotonic()
             if left <= 0:
                 return False
@@ -396,12 +401,31 @@ class Races(FilterTest):
         self.assertEqual(disk.pread(4096, 8192), b"W" * 4096)
         self.assertFalse(acknowledged)
 
+    def test_giving_back_looks_again_when_it_has_the_cluster(self):
+        disk = self.s.connect()
+        disk.pwrite(bytes(CLUSTER), 0)
+        reclaim = self.s.connect("reclaim")
+        self.hold("pwrite", "before")
+        again = aio_write(disk, bytes(4096), 0) # holds the cluster, which is still recorded from end to end
+        self.wait_held("pwrite")
+        giving_back = Async(reclaim, reclaim.aio_cache(CLUSTER, 0))
+        self.assertFalse(giving_back.finishes_within(0.5)) # it has seen that, and waits
+        open(self.gate + "/fail-pwrite", "w").close() # what the write leaves behind, nobody knows
+        self.release("pwrite")
+        with self.assertRaises(nbd.Error):
+            again.finishes_within(10)
+        self.assertTrue(giving_back.finishes_within(10))
+        self.assertEqual(self.s.inner_calls("Zero", "Trim"), [])
+
     def test_the_discard_that_completes_a_cluster_holds_it_too(self):
         disk, other = self.s.connect(), self.s.connect()
         disk.trim(32 * K, 0)
-        self.hold("trim", "after") # the last piece is discarded, the whole cluster not yet
+        self.hold("trim", "after")
         last = Async(other, other.aio_trim(32 * K, 32 * K))
         self.wait_held("trim")
+        self.hold("trim", "before")
+        self.release("trim")
+        self.wait_held("trim") # the last piece is discarded and recorded, the whole cluster not yet freed
         write = aio_write(disk, b"W" * 4096, 0)
         acknowledged = write.finishes_within(0.5)
         self.release("trim")
