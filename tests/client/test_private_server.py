@@ -3,6 +3,7 @@
 """An image file as TARGET: a private nbdkit that nobody sees, that outlives neither success nor murder."""
 
 import glob
+import pty
 import signal
 
 from harness import *
@@ -116,6 +117,30 @@ class PrivateServer(Case):
         self.assertEqual(os.listdir(self.tmp), [])
         order = [e["event"] for e in read_log(self.dir + "/log") if e["event"] in ("cache-end", "flush-end")]
         self.assertEqual(order[-1], "flush-end")
+
+    def test_control_c_on_a_terminal(self):
+        image = self.image("disk.qcow2", "size=1G", "todo=compact:0+1G", "cache-ms=300")
+        pid, master = pty.fork()
+        if pid == 0:
+            os.execve(self.qlean, [self.qlean, "compact", "--no-zeroes", image], self.env)
+        self.addCleanup(os.close, master)
+        log = self.dir + "/log"
+        wait_for(lambda: len(events(read_log(log), "cache")) >= 2, "requests in flight")
+        server = children_of(pid)[0]
+        os.write(master, b"\x03")
+        text = b""
+        try:
+            while data := os.read(master, 65536):
+                text += data
+        except OSError:
+            pass  # the terminal is closed: the client has ended
+        self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), STOPPED)
+        self.assertIn(b"stopped early (SIGINT)", text)
+        ended = [e for e in read_log(log) if e["event"] in ("cache-end", "flush-end")]
+        self.assertTrue(all(e.get("error", 0) == 0 for e in ended))
+        self.assertEqual(ended[-1]["event"], "flush-end")
+        self.assertFalse(alive(server))
+        self.assertEqual(os.listdir(self.tmp), [])
 
     def test_client_killed(self):
         image = self.image("disk.qcow2", "size=1G", "todo=compact:0+1G", "cache-ms=100", "version=1.32.5")

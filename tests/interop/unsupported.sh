@@ -1,0 +1,44 @@
+#!/bin/bash
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) 2026, the qlean authors
+#
+# A feature of QCOW2 that is not supported yet is refused at open, by its name, and the image stays as it is.
+. "$(dirname "$0")/../lib.sh"
+need qemu-img qemu-io
+
+# refused NAME PATTERN: $W/NAME.qcow2 is not served, and one sentence says which feature is the reason
+refused() {
+    local image=$W/$1.qcow2 before rc=0
+    before=$(sha "$image")
+    timeout 20 nbdkit -f -U "$W/s" "$PLUGIN" file="$image" --run true >"$W/out.txt" 2>"$W/err.txt" || rc=$?
+    { [ $rc != 0 ] && [ $rc -lt 124 ]; } || fail "$1: status $rc: $(cat "$W/err.txt")"
+    [ "$(wc -l <"$W/err.txt")" = 1 ] || fail "$1: not one line but: $(cat "$W/err.txt")"
+    grep -Eqi -- "$2" "$W/err.txt" || fail "$1: the sentence does not name $2: $(cat "$W/err.txt")"
+    [ "$(sha "$image")" = "$before" ] || fail "$1: the image was changed"
+    echo "  $1: $(sed 's/^nbdkit: error: //' "$W/err.txt")"
+}
+
+create "$W/base.qcow2" 16M
+create -b "$W/base.qcow2" -F qcow2 "$W/backing.qcow2"
+refused backing 'backing'
+for bits in 1 8 64; do
+    create -o refcount_bits=$bits "$W/refcount$bits.qcow2" 16M
+    refused refcount$bits 'refcount'
+done
+create -o extended_l2=on "$W/extended.qcow2" 16M
+refused extended 'extended L2|subcluster'
+create -o compression_type=zstd "$W/zstd.qcow2" 16M
+refused zstd 'zstd|compression'
+create -o data_file="$W/data.raw" "$W/external.qcow2" 16M
+refused external 'external data|data file'
+create "$W/snapshot.qcow2" 16M
+qemu-img snapshot -c one "$W/snapshot.qcow2"
+refused snapshot 'snapshot'
+create "$W/bitmap.qcow2" 16M
+qemu-img bitmap --add "$W/bitmap.qcow2" one
+refused bitmap 'bitmap'
+create --object secret,id=k,data=open-sesame -o encrypt.format=luks,encrypt.key-secret=k,encrypt.iter-time=10 "$W/luks.qcow2" 16M
+refused luks 'encrypt|luks'
+create "$W/dirty.qcow2" 16M
+printf '\x01' | dd of="$W/dirty.qcow2" bs=1 seek=79 conv=notrunc status=none
+refused dirty 'dirty'
