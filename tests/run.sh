@@ -1,0 +1,45 @@
+#!/bin/bash
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) 2026, the qlean authors
+#
+# Installs what is missing (Debian 12 or 13; as root or with sudo), builds into build/, runs every test except the long
+# "soak" ones, and ends with one line: N passed, N failed. Arguments go to `meson test`. A test that this machine cannot
+# run is named; with CI set it counts as failed, for there every test must have run.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+export LC_ALL=C
+log=build/meson-logs/testlog.json
+
+broken() {
+    echo "$1" >&2
+    echo "0 passed, 1 failed"
+    exit 1
+}
+
+as_root=()
+[ "$(id -u)" = 0 ] || as_root=(sudo --preserve-env=CI)
+examples/install-deps.sh </dev/null || broken "The packages could not be installed."
+[ -f build/build.ninja ] || meson setup build >/dev/null || broken "meson setup failed; see build/meson-logs/meson-log.txt."
+ninja -C build -j "$(nproc)" || broken "The build failed."
+
+"${as_root[@]}" rm -f "$log"
+"${as_root[@]}" meson test -C build --no-rebuild --no-suite soak --print-errorlogs "$@" </dev/null
+[ -s "$log" ] || broken "meson test left no results in $log."
+
+# One JSON object a line; the results are meson's own.
+/usr/bin/python3 - "$log" "${CI:-}" <<'END'
+import json, sys
+results = [json.loads(line) for line in open(sys.argv[1], encoding="utf-8")]
+good = ("OK", "EXPECTEDFAIL")
+skipped = [r["name"] for r in results if r["result"] == "SKIP"]
+failed = [r["name"] for r in results if r["result"] not in good + ("SKIP",)]
+for name in skipped:
+    print(f"not run, this machine lacks something: {name}")
+for name in failed:
+    print(f"failed: {name}")
+if sys.argv[2]:
+    failed += skipped
+passed = sum(r["result"] in good for r in results)
+print(f"{passed} passed, {len(failed)} failed")
+sys.exit(1 if failed or not passed else 0)
+END
