@@ -106,11 +106,17 @@ void Allocator::take_lowest(std::uint64_t count, std::uint64_t limit, std::vecto
         c += static_cast<std::uint64_t>(std::countr_zero(word));
         if (c >= limit)
             break;
+        if (c >= embargo_.first.value && c < embargo_.end().value) {
+            c = embargo_.end().value;
+            continue;
+        }
         take(c, extents);
         --count;
         ++c;
     }
     lowest_ = std::min(c, end());
+    if (embargo_.count != 0)
+        lowest_ = std::min(lowest_, embargo_.first.value);
 }
 
 Allocator::Reservation Allocator::finish(std::vector<Extent> extents) {
@@ -201,6 +207,18 @@ Allocator::Reservation Allocator::reserve_contiguous_below(std::uint64_t count, 
         return finish(std::move(extents));
     }
     return {};
+}
+
+void Allocator::embargo(HostRun run) {
+    const std::lock_guard guard(mutex_);
+    embargo_ = run;
+    if (run.count != 0)
+        lowest_ = std::min(lowest_, run.first.value);
+}
+
+void Allocator::with_fixed_length(const std::function<void(std::uint64_t)> &task) {
+    const std::lock_guard guard(length_mutex_);
+    task(end());
 }
 
 // --- growing ------------------------------------------------------------------------------------------------------

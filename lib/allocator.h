@@ -69,8 +69,11 @@ class Allocator {
     Reservation reserve(std::uint64_t count, Growth growth);
     /// Up to `count` clusters below `limit`, lowest first; never grows the file.
     Reservation reserve_below(std::uint64_t count, HostCluster limit);
-    /// Exactly `count` adjacent clusters below `limit`, or none.
+    /// Exactly `count` adjacent clusters below `limit`, or none. The only way to get what is under embargo.
     Reservation reserve_contiguous_below(std::uint64_t count, HostCluster limit);
+
+    /// From now on nobody is handed a cluster of `run` (empty: lifted), so that it can be emptied for a table.
+    void embargo(HostRun run);
 
     /// The clusters are no longer referenced by anything in memory. Whoever relied on them has finished.
     void retire(const std::vector<HostRun> &runs);
@@ -111,6 +114,8 @@ class Allocator {
     bool punch_step(std::uint64_t max_bytes);
     /// Shortens the file by up to `max_bytes` of free tail, but not below `floor`; false when nothing is left to do.
     bool truncate_step(std::uint64_t max_bytes, HostCluster floor);
+    /// Runs `task(end())` while the file's length stays as it is.
+    void with_fixed_length(const std::function<void(std::uint64_t)> &task);
     /// Neither reuse nor give anything back from now on.
     void poison() { poisoned_.store(true, std::memory_order_release); }
 
@@ -168,6 +173,7 @@ class Allocator {
     std::deque<HostRun> punch_queue_;
     std::uint64_t queued_ = 0;
     std::vector<bool> known_metadata_;
+    HostRun embargo_{};
     bool watching_ = false;
     std::vector<bool> watched_;
     std::atomic<bool> poisoned_{false};

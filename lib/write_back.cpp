@@ -56,6 +56,11 @@ void WriteBack::sync() {
 
 void WriteBack::sync_as_leader() { sync(); }
 
+void WriteBack::write_refcounts_as_leader() {
+    apply_increments();
+    refcounts_.write_dirty();
+}
+
 // --- leading ------------------------------------------------------------------------------------------------------
 
 void WriteBack::commit(Give give) {
@@ -219,15 +224,21 @@ void WriteBack::publish(Round &round) {
 
 // --- refcount structures that grow --------------------------------------------------------------------------------
 
+std::uint64_t WriteBack::margin(std::uint64_t table_clusters) const {
+    return std::max(min_margin_bytes / geometry_.cluster_size(), 2 * table_clusters) + 1;
+}
+
+std::uint64_t WriteBack::last_region_wanted(std::uint64_t end, std::uint64_t table_clusters) const {
+    return (end + margin(table_clusters)) / refcounts_.region_clusters();
+}
+
 void WriteBack::link_ahead() {
     const std::uint64_t region_clusters = refcounts_.region_clusters();
-    const std::uint64_t table_bytes = geometry_.bytes(refcounts_.table_clusters());
-    const std::uint64_t margin = std::max(min_margin_bytes, 2 * table_bytes) / geometry_.cluster_size() + 1;
     const std::uint64_t end = allocator_.end(), covered = allocator_.covered_end();
-    if (covered >= end + margin / 2)
+    if (covered >= end + margin(refcounts_.table_clusters()) / 2)
         return;
     const std::uint64_t first = covered / region_clusters;
-    const std::uint64_t last = (end + margin) / region_clusters;
+    const std::uint64_t last = last_region_wanted(end, refcounts_.table_clusters());
     std::vector<std::uint64_t> missing;
     for (std::uint64_t r = first; r <= last; ++r)
         if (!refcounts_.linked(r))
@@ -244,8 +255,7 @@ void WriteBack::link_regions(const std::vector<std::uint64_t> &regions) {
         link_beyond(regions.front(), regions.back() - regions.front() + 1);
         return;
     }
-    apply_increments();
-    refcounts_.write_dirty();
+    write_refcounts_as_leader();
     const std::vector<std::byte> zeroes(geometry_.cluster_size());
     std::vector<HostCluster> homes;
     for (const auto &extent : blocks.extents())

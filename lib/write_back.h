@@ -41,7 +41,11 @@ class WriteBack {
     void commit_as_leader(Give give);
     /// A sync from within a task of lead(); poisons if it fails.
     void sync_as_leader();
-    /// From within a task of lead(): links refcount blocks for `count` regions from `first` that lack one.
+    /// From within a task of lead(): writes all refcounts that changed; not synced.
+    void write_refcounts_as_leader();
+    /// The last region that should have a refcount block when the file ends at `end`, for a table of `table_clusters`.
+    std::uint64_t last_region_wanted(std::uint64_t end, std::uint64_t table_clusters) const;
+    /// From within a task of lead(): links a refcount block for each of these regions, which lack one.
     void link_regions(const std::vector<std::uint64_t> &regions);
 
     /// Throws Error if the image is poisoned.
@@ -64,6 +68,7 @@ class WriteBack {
     void lower_unlinked();
     void settle_lowered();
     void apply_increments();
+    std::uint64_t margin(std::uint64_t table_clusters) const;
     /// Keeps refcount blocks linked ahead of the end of the file, so that growth need not wait for a commit.
     void link_ahead();
     void link_beyond(std::uint64_t first_region, std::uint64_t count);

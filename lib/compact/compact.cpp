@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+#include "compact.h"
+
+#include "metadata_moves.h"
+#include "relocator.h"
+
+namespace qlean {
+
+namespace {
+
+constexpr std::uint64_t batch = 4096;
+/// Work between commits: bounds the space used on the way and how long a guest's flush can take.
+constexpr std::uint64_t max_moved_bytes = 32 * 1024 * 1024;
+constexpr std::uint64_t min_moved_bytes = 1024 * 1024;
+constexpr std::uint64_t step_bytes = 32 * 1024 * 1024;
+constexpr std::uint64_t file_share = 128;
+
+void require_going(const StopCheck &stop) {
+    if (stop())
+        throw Error(Error::Kind::stopped, ESHUTDOWN, "stopped on request");
+}
+
+} // namespace
+
+Compact::Compact(Image &image, MoveOwnership &ownership, Gauges &gauges, std::uint64_t connection)
+    : image_(image), state_(image.state()), ownership_(ownership), gauges_(gauges), connection_(connection) {}
+
+Compact::~Compact() {
+    try {
+        if (moved_since_commit_.load() != 0)
+            image_.give_back();
+    } catch (...) {
+        // The background commit tries again and reports.
+    }
+    ownership_.release(connection_);
+}
+
+/// The walk that everything relies on, once per connection.
+void Compact::prepare() {
+    const std::lock_guard guard(mutex_);
+    if (prepared_)
+        return;
+    Survey survey = verify_image(state_);
+    leaked_ = std::move(survey.leaked);
+    pinned_ = cluster_count(survey.pinned);
+    gauges_.pinned = static_cast<std::int64_t>(pinned_);
+    empty_tables_ = {survey.empty_tables.begin(), survey.empty_tables.end()};
+    state_.allocator.load_all();
+    measure();
+    prepared_ = true;
+}
+
+/// With mutex_ held.
+void Compact::measure() {
+    layout_ = Layout::measure(state_, cluster_count(leaked_), empty_tables_.size());
+    gauges_.ideal_end = static_cast<std::int64_t>(state_.geometry.bytes(layout_.end.value));
+    gauges_.pending = static_cast<std::int64_t>(layout_.pending);
+}
+
+HostCluster Compact::ideal_end() {
+    prepare();
+    const std::lock_guard guard(mutex_);
+    return layout_.end;
+}
+
+// --- the plan -----------------------------------------------------------------------------------------------------
+
+/// An L2 table beyond the end moves with the first cluster it maps: whether that is among `mappings`.
+bool Compact::table_moves_with(GuestCluster c, const std::vector<Mapping> &mappings, GuestCluster first,
+                               HostCluster end) {
+    const Geometry &g = state_.geometry;
+    if (!mappings[c - first].has_host() || g.cluster_of(state_.l1.table(g.l1_index(c))) < end)
+        return false;
+    const GuestCluster table_first{round_down(c.value, g.l2_entries())};
+    std::vector<Mapping> before;
+    for (GuestCluster at = table_first; at < c;) {
+        const std::uint64_t n = std::min<std::uint64_t>(c - at, batch);
+        if (at >= first) {
+            for (; at < c; ++at)
+                if (mappings[at - first].has_host())
+                    return false;
+            break;
+        }
+        before.resize(std::min<std::uint64_t>(n, first - at));
+        state_.mapper.survey(at, before);
+        for (const Mapping &m : before)
+            if (m.has_host())
+                return false;
+        at += before.size();
+    }
+    return true;
+}
+
+std::vector<Maintenance::Planned> Compact::plan(GuestOffset at, std::uint64_t length, std::size_t most) {
+    const Geometry &g = state_.geometry;
+    const HostCluster ideal = ideal_end();
+    std::vector<Planned> planned;
+    std::vector<Mapping> mappings;
+    const GuestOffset end = at + length;
+    while (at < end && planned.size() <= most) {
+        const GuestCluster first = g.cluster_of(at);
+        GuestOffset stop = std::min(end, g.offset_of(state_.mapper.table_end(first)));
+        if (!state_.mapper.has_table(first)) {
+            append_planned(planned, at, stop - at, false);
+            at = stop;
+            continue;
+        }
+        stop = std::min(stop, g.offset_of(first + batch));
+        mappings.resize((g.cluster_of(stop - 1) - first) + 1);
+        state_.mapper.survey(first, mappings);
+        bool asked_for_table = g.cluster_of(state_.l1.table(g.l1_index(first))) < ideal;
+        bool empty = true;
+        for (std::size_t i = 0; i < mappings.size(); ++i) {
+            bool to_do = mappings[i].has_host() && mappings[i].host >= ideal;
+            empty = empty && (mappings[i].kind == Mapping::Kind::unallocated || mappings[i].kind == Mapping::Kind::zero);
+            if (!asked_for_table && mappings[i].has_host()) {
+                asked_for_table = true;
+                to_do = to_do || table_moves_with(first + i, mappings, first, ideal);
+            }
+            const GuestOffset from = std::max(at, g.offset_of(first + i));
+            append_planned(planned, from, std::min(stop, g.offset_of(first + i + 1)) - from, to_do);
+        }
+        if (empty && mappings.size() == state_.mapper.table_end(first) - first && first.value % g.l2_entries() == 0) {
+            const std::lock_guard guard(mutex_);
+            empty_tables_.insert(g.l1_index(first));
+        }
+        at = stop;
+    }
+    if (planned.size() > most)
+        planned.resize(most);
+    return planned;
+}
+
+// --- doing --------------------------------------------------------------------------------------------------------
+
+Compact::Work Compact::find_work(GuestCluster first, GuestCluster last, HostCluster end) {
+    const Geometry &g = state_.geometry;
+    Work work;
+    std::vector<Mapping> mappings;
+    for (GuestCluster c = first; c <= last;) {
+        const GuestCluster stop = std::min({last + 1, state_.mapper.table_end(c), c + batch});
+        if (state_.mapper.has_table(c)) {
+            mappings.resize(stop - c);
+            state_.mapper.survey(c, mappings);
+            bool asked_for_table = g.cluster_of(state_.l1.table(g.l1_index(c))) < end;
+            for (std::size_t i = 0; i < mappings.size(); ++i) {
+                if (!mappings[i].has_host())
+                    continue;
+                if (mappings[i].host >= end)
+                    work.clusters.emplace_back(c + i, mappings[i].host);
+                if (!asked_for_table) {
+                    asked_for_table = true;
+                    if (table_moves_with(c + i, mappings, c, end))
+                        work.tables.push_back(g.l1_index(c));
+                }
+            }
+        }
+        c = stop;
+    }
+    return work;
+}
+
+void Compact::commit_if_much(std::uint64_t moved) {
+    const std::uint64_t total = moved_since_commit_.fetch_add(moved) + moved;
+    const std::uint64_t file = state_.geometry.bytes(state_.allocator.end());
+    if (total < std::clamp(file / file_share, min_moved_bytes, max_moved_bytes))
+        return;
+    moved_since_commit_.fetch_sub(total);
+    image_.give_back();
+}
+
+void Compact::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) {
+    const Geometry &g = state_.geometry;
+    state_.write_back.require_healthy();
+    ownership_.claim(name_, connection_);
+    const HostCluster end = ideal_end();
+    const Work work = find_work(g.cluster_of(at), g.cluster_of(at + (length - 1)), end);
+    if (!work.tables.empty())
+        state_.write_back.lead([&] {
+            for (const std::uint64_t i : work.tables)
+                if (move_l2_table(state_, i, end))
+                    gauges_.moved_bytes += g.cluster_size();
+        });
+    if (work.clusters.empty())
+        return;
+    // All destinations at once, so that requests in parallel do not shred guest order.
+    auto room = state_.allocator.reserve_below(work.clusters.size(), end);
+    std::vector<HostRun> written;
+    for (const auto &[cluster, source] : work.clusters) {
+        if (room.empty())
+            break;
+        require_going(stop);
+        bool used = false;
+        auto destination = room.extents().front();
+        destination.run.count = 1;
+        if (relocate(state_, cluster, source, destination, &used) != Moved::yes || !used)
+            continue;
+        room.take_first();
+        append_run(written, destination.run);
+        gauges_.moved_bytes += g.cluster_size();
+        commit_if_much(g.cluster_size());
+    }
+    for (const HostRun &run : written)
+        state_.file.start_writing_out(g.offset_of(run.first), g.bytes(run.count));
+}
+
+// --- committing ---------------------------------------------------------------------------------------------------
+
+void Compact::commit(const StopCheck &stop) {
+    const Geometry &g = state_.geometry;
+    ownership_.claim(name_, connection_);
+    prepare();
+    const std::lock_guard commit_guard(commit_mutex_);
+    moved_since_commit_ = 0;
+    const std::uint64_t end_before = state_.allocator.end();
+
+    std::vector<HostRun> leaked;
+    std::set<std::uint64_t> empty;
+    Layout layout;
+    {
+        const std::lock_guard guard(mutex_);
+        leaked = std::exchange(leaked_, {});
+        empty = std::exchange(empty_tables_, {});
+        layout = layout_;
+    }
+    state_.allocator.retire(leaked);
+    image_.give_back();
+    require_going(stop);
+
+    if (layout.pending > 0 || !empty.empty()) {
+        if (const std::uint64_t wanted = adjacent_clusters_wanted(state_, layout)) {
+            if (empty_window(state_, layout, wanted))
+                state_.write_back.commit(WriteBack::Give::back);
+        }
+        try {
+            state_.write_back.lead([&] {
+                const std::uint64_t most = std::max<std::uint64_t>(step_bytes / g.cluster_size(), 1);
+                for (const std::uint64_t i : empty)
+                    drop_empty_table(state_, i);
+                std::uint64_t moved = 0;
+                for (std::uint64_t i = 0; i < state_.l1.size() && moved < most; ++i)
+                    moved += move_l2_table(state_, i, layout.end);
+                state_.write_back.commit_as_leader(WriteBack::Give::back);
+                drop_refcount_blocks(state_, layout);
+                move_l1_table(state_, layout);
+                move_refcount_table(state_, layout);
+                move_refcount_blocks(state_, layout, most);
+                state_.write_back.commit_as_leader(WriteBack::Give::back);
+            });
+        } catch (...) {
+            state_.allocator.embargo({});
+            throw;
+        }
+        state_.allocator.embargo({});
+    }
+    // The tail goes without being punched first; what is free below it is punched.
+    while (state_.allocator.truncate_step(step_bytes, HostCluster{0}))
+        require_going(stop);
+    while (state_.allocator.punch_step(step_bytes))
+        require_going(stop);
+    gauges_.given_back_bytes += g.bytes(end_before - std::min(end_before, state_.allocator.end()));
+    const std::lock_guard guard(mutex_);
+    measure();
+}
+
+} // namespace qlean

@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+#include "metadata_moves.h"
+
+#include "../byte_order.h"
+#include "relocator.h"
+
+#include <mutex>
+#include <unordered_map>
+
+namespace qlean {
+
+namespace {
+
+void write_words(State &state, const std::vector<std::uint64_t> &words, HostOffset at) {
+    state.file.write(std::as_bytes(std::span(words)), at);
+}
+
+void write_table_entry(State &state, std::uint64_t region, HostOffset block) {
+    write_words(state, {big_endian(block.value)}, state.refcounts.home() + region * 8);
+}
+
+std::uint64_t l1_clusters(const State &state) { return state.geometry.clusters_for(state.l1.size() * 8); }
+
+bool beyond(const State &state, HostOffset home, std::uint64_t clusters, HostCluster end) {
+    return clusters > 0 && state.geometry.cluster_of(home).value + clusters > end.value;
+}
+
+} // namespace
+
+bool move_l2_table(State &state, std::uint64_t i, HostCluster end) {
+    const Geometry &g = state.geometry;
+    if (state.l1.table(i).value == 0 || g.cluster_of(state.l1.table(i)) < end)
+        return false;
+    auto reserved = state.allocator.reserve_below(1, end);
+    if (reserved.empty())
+        return false;
+    const HostCluster destination = reserved.extents().front().run.first;
+    HostCluster source;
+    {
+        const std::lock_guard guard(state.l1.lock(i));
+        const HostOffset home = state.l1.table(i);
+        if (home.value == 0)
+            return false;
+        source = g.cluster_of(home);
+        write_words(state, state.l2.whole_table(i), g.offset_of(destination));
+        state.l1.relink(i, g.offset_of(destination));
+        state.l1.written(i);
+    }
+    reserved.publish();
+    state.allocator.retire({{source, 1}});
+    return true;
+}
+
+void drop_empty_table(State &state, std::uint64_t i) {
+    HostCluster home;
+    {
+        const std::lock_guard guard(state.l1.lock(i));
+        if (state.l1.table(i).value == 0 || !(state.l1.word(i) & entry::copied))
+            return;
+        for (const std::uint64_t raw : state.l2.whole_table(i))
+            if (const std::uint64_t word = big_endian(raw); word != 0 && word != entry::zero)
+                return;
+        home = state.geometry.cluster_of(state.l1.table(i));
+        state.l1.unlink(i);
+        state.l2.discard_table(i);
+    }
+    state.allocator.retire({{home, 1}});
+}
+
+void drop_refcount_blocks(State &state, const Layout &layout) {
+    std::vector<HostRun> dropped;
+    for (const auto &[region, cluster] : state.refcounts.blocks()) {
+        if (region <= layout.last_region)
+            continue;
+        bool gone = false;
+        state.allocator.with_fixed_length([&, region = region](std::uint64_t end) {
+            if (end > region * state.refcounts.region_clusters())
+                return;
+            // In memory first: from here on the file does not grow into the region.
+            state.refcounts.set_block(region, HostOffset{0});
+            gone = true;
+        });
+        if (!gone)
+            continue;
+        write_table_entry(state, region, HostOffset{0});
+        dropped.push_back({cluster, 1});
+    }
+    if (dropped.empty())
+        return;
+    state.write_back.sync_as_leader();
+    state.allocator.retire(dropped);
+}
+
+void move_refcount_blocks(State &state, const Layout &layout, std::uint64_t most) {
+    const Geometry &g = state.geometry;
+    struct Move {
+        std::uint64_t region;
+        HostCluster from, to;
+    };
+    std::vector<Move> moves;
+    std::vector<Allocator::Reservation> reserved;
+    for (const auto &[region, cluster] : state.refcounts.blocks()) {
+        if (cluster < layout.end || moves.size() >= most)
+            continue;
+        auto room = state.allocator.reserve_below(1, layout.end);
+        if (room.empty())
+            break;
+        moves.push_back({region, cluster, room.extents().front().run.first});
+        reserved.push_back(std::move(room));
+    }
+    if (moves.empty())
+        return;
+    // The destinations' own refcounts are part of what is copied, wherever they live.
+    state.write_back.write_refcounts_as_leader();
+    std::vector<std::byte> bytes(g.cluster_size());
+    for (const Move &move : moves) {
+        state.file.read(bytes, g.offset_of(move.from));
+        state.file.write(bytes, g.offset_of(move.to));
+    }
+    state.write_back.sync_as_leader();
+    for (auto &room : reserved)
+        room.publish(); // from here on a failure leaks: the table in the file may point there already
+    for (const Move &move : moves)
+        write_table_entry(state, move.region, g.offset_of(move.to));
+    state.write_back.sync_as_leader();
+    std::vector<HostRun> old;
+    for (const Move &move : moves) {
+        state.refcounts.set_block(move.region, g.offset_of(move.to));
+        old.push_back({move.from, 1});
+    }
+    state.allocator.retire(old);
+}
+
+void move_refcount_table(State &state, const Layout &layout) {
+    const Geometry &g = state.geometry;
+    const std::uint64_t now = state.refcounts.table_clusters();
+    if (layout.table_clusters == now && !beyond(state, state.refcounts.home(), now, layout.end))
+        return;
+    const std::uint64_t entries = g.bytes(layout.table_clusters) / 8;
+    for (const auto &[region, cluster] : state.refcounts.blocks())
+        if (region >= entries)
+            return; // a block that could not be dropped still needs the larger table
+    auto room = state.allocator.reserve_contiguous_below(layout.table_clusters, layout.end);
+    if (room.empty())
+        return;
+    const HostOffset home = g.offset_of(room.extents().front().run.first);
+    state.write_back.write_refcounts_as_leader();
+    write_words(state, state.refcounts.table_words(0, entries), home);
+    state.write_back.sync_as_leader();
+    room.publish();
+    const HostRun old{g.cluster_of(state.refcounts.home()), now};
+    state.header.update([&](Header &h) {
+        h.refcount_table_offset = home;
+        h.refcount_table_clusters = static_cast<std::uint32_t>(layout.table_clusters);
+    });
+    state.write_back.sync_as_leader();
+    state.refcounts.set_table(home, entries);
+    state.allocator.retire({old});
+}
+
+void move_l1_table(State &state, const Layout &layout) {
+    const Geometry &g = state.geometry;
+    const std::uint64_t count = l1_clusters(state);
+    if (!beyond(state, state.l1.home(), count, layout.end))
+        return;
+    auto room = state.allocator.reserve_contiguous_below(count, layout.end);
+    if (room.empty())
+        return;
+    const HostOffset home = g.offset_of(room.extents().front().run.first);
+    state.write_back.write_refcounts_as_leader();
+    // What is durable now, not what is in memory: that may point at tables that are not written yet.
+    std::vector<std::byte> bytes(g.bytes(count));
+    state.file.read(std::span(bytes).first(state.l1.size() * 8), state.l1.home());
+    state.file.write(bytes, home);
+    state.write_back.sync_as_leader();
+    room.publish();
+    const HostRun old{g.cluster_of(state.l1.home()), count};
+    state.header.update([&](Header &h) { h.l1_offset = home; });
+    state.write_back.sync_as_leader();
+    state.l1.set_home(home);
+    state.allocator.retire({old});
+}
+
+// --- making room for what must be adjacent ------------------------------------------------------------------------
+
+std::uint64_t adjacent_clusters_wanted(State &state, const Layout &layout) {
+    std::uint64_t most = 0;
+    if (const std::uint64_t n = l1_clusters(state); beyond(state, state.l1.home(), n, layout.end))
+        most = std::max(most, n);
+    const std::uint64_t now = state.refcounts.table_clusters();
+    if (layout.table_clusters != now || beyond(state, state.refcounts.home(), now, layout.end))
+        most = std::max(most, layout.table_clusters);
+    return most;
+}
+
+bool empty_window(State &state, const Layout &layout, std::uint64_t count) {
+    const Geometry &g = state.geometry;
+    const std::uint64_t end = layout.end.value;
+    if (count == 0 || count > end)
+        return false;
+    // What each cluster below the end is: free, mapped by a guest cluster, or neither (metadata, pinned, on its way).
+    std::unordered_map<std::uint64_t, GuestCluster> mapped;
+    std::vector<Mapping> mappings;
+    for (std::uint64_t i = 0; i < state.l1.size(); ++i) {
+        const GuestCluster first{i * g.l2_entries()};
+        if (state.l1.table(i).value == 0 || first.value >= g.guest_clusters())
+            continue;
+        mappings.resize(state.mapper.table_end(first) - first);
+        state.mapper.survey(first, mappings);
+        for (std::size_t n = 0; n < mappings.size(); ++n)
+            if (mappings[n].has_host() && mappings[n].copied && mappings[n].host.value < end)
+                mapped[mappings[n].host.value] = first + n;
+    }
+    // The window with the fewest clusters to move.
+    std::uint64_t best = end, best_cost = count + 1, run = 0, cost = 0;
+    const auto kind = [&](std::uint64_t c) { return state.allocator.is_free({c}) ? 0 : mapped.contains(c) ? 1 : 2; };
+    for (std::uint64_t c = 0; c < end; ++c) {
+        const int k = kind(c);
+        if (k == 2) {
+            run = cost = 0;
+            continue;
+        }
+        cost += k == 1;
+        if (++run > count) {
+            cost -= kind(c - count) == 1;
+            run = count;
+        }
+        if (run == count && cost < best_cost) {
+            best_cost = cost;
+            best = c + 1 - count;
+        }
+    }
+    if (best == end)
+        return false;
+    state.allocator.embargo({{best}, count});
+    for (std::uint64_t c = best; c < best + count; ++c) {
+        const auto found = mapped.find(c);
+        if (found == mapped.end())
+            continue;
+        // Upwards if it must be: this happens once, and it comes down again with the rest.
+        auto room = state.allocator.reserve(1, Allocator::Growth::now);
+        if (room.empty())
+            return true;
+        bool used = false;
+        if (relocate(state, found->second, {c}, room.extents().front(), &used) == Moved::yes && used)
+            room.publish();
+    }
+    return true;
+}
+
+} // namespace qlean

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+#include "relocator.h"
+
+#include "zero_bytes.h"
+
+namespace qlean {
+
+namespace {
+
+constexpr std::size_t host_block = 4096;
+constexpr int warming_attempts = 3;
+
+/// Writes a cluster; where the destination reads as zeroes already, holes stay holes.
+void write_cluster(File &file, std::span<const std::byte> bytes, HostOffset at, bool destination_is_zero) {
+    if (!destination_is_zero)
+        return file.write(bytes, at);
+    std::size_t begin = 0;
+    while (begin < bytes.size()) {
+        const auto block = [&](std::size_t from) { return bytes.subspan(from, std::min(host_block, bytes.size() - from)); };
+        if (all_zero(block(begin))) {
+            begin += host_block;
+            continue;
+        }
+        std::size_t end = begin;
+        while (end < bytes.size() && !all_zero(block(end)))
+            end += host_block;
+        end = std::min(end, bytes.size());
+        file.write(bytes.subspan(begin, end - begin), at + begin);
+        begin = end;
+    }
+}
+
+} // namespace
+
+Moved relocate(State &state, GuestCluster c, HostCluster source, const Allocator::Extent &destination, bool *used) {
+    const Geometry &g = state.geometry;
+    std::vector<std::byte> bytes(g.cluster_size());
+    const HostOffset from = g.offset_of(source), to = g.offset_of(destination.run.first);
+    *used = false;
+    for (int attempt = 0; attempt < warming_attempts; ++attempt) {
+        Mapping before;
+        state.mapper.resolve(c, std::span(&before, 1)); // brings the L2 slice into memory, before the lock
+        if (!before.has_host() || before.host != source)
+            return Moved::gone;
+        {
+            const RangeLock::Exclusive guard(state.ranges, g.offset_of(c), 1, std::try_to_lock);
+            if (!guard.owns())
+                return Moved::contended;
+            Mapping m;
+            state.mapper.resolve(c, std::span(&m, 1));
+            if (!m.has_host() || m.host != source || !m.copied)
+                return Moved::gone;
+            if (m.kind == Mapping::Kind::zero_allocated || state.file.read_cached(bytes, from)) {
+                const bool copy = m.kind == Mapping::Kind::data;
+                if (copy)
+                    write_cluster(state.file, bytes, to, destination.zero);
+                Mapper::Editor editor(state.mapper, c, 1);
+                editor.set(c, copy ? entry::data(to) : entry::zero);
+                *used = copy;
+            }
+        }
+        if (*used || before.kind == Mapping::Kind::zero_allocated) {
+            state.allocator.retire({{source, 1}});
+            return Moved::yes;
+        }
+        // Not in the host's memory: read it with nobody waiting, then try again.
+        state.file.read(bytes, from);
+    }
+    return Moved::contended;
+}
+
+} // namespace qlean

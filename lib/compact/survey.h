@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// A complete walk of everything that refers to host clusters, beside the running guest, and what compaction needs to
+// know from it. Compaction does not trust refcounts: it moves and cuts nothing before this has compared them.
+#pragma once
+
+#include "../state.h"
+
+#include <atomic>
+#include <vector>
+
+namespace qlean {
+
+struct Survey {
+    std::uint64_t data = 0;     ///< clusters that guest clusters map to
+    std::uint64_t metadata = 0; ///< header, L1, L2, refcount structures
+    /// As `qemu-img check` counts: clusters whose predecessor in guest order is not their neighbour in the file.
+    std::uint64_t fragmented = 0;
+    std::vector<std::uint64_t> empty_tables; ///< L1 indices of L2 tables in which nothing is mapped
+
+    // Only from verify():
+    std::vector<HostRun> leaked; ///< refcount of one, and no referrer; may be given back
+    std::vector<HostRun> pinned; ///< a refcount, and no referrer that is known; stays where it is
+};
+
+/// Counts, without comparing anything.
+Survey survey_image(State &state);
+/// Counts and compares with the refcounts. Throws Error (bad_image) if a cluster has fewer refcounts than referrers, or
+/// is referred to where it must not be. The guest may go on meanwhile. No lock held.
+Survey verify_image(State &state);
+
+/// Numbers for the status page, kept by whoever knows them. Bytes, or -1 while unknown.
+struct Gauges {
+    std::atomic<std::int64_t> ideal_end{-1}, pending{-1};
+    std::atomic<std::uint64_t> moved_bytes{0}, given_back_bytes{0}, zero_read_bytes{0}, zero_freed_bytes{0};
+    std::atomic<std::int64_t> pinned{-1};
+};
+
+} // namespace qlean

@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+#include "zero_scan.h"
+
+#include "zero_bytes.h"
+
+namespace qlean {
+
+namespace {
+
+constexpr std::uint64_t batch = 4096;
+
+} // namespace
+
+ZeroScan::ZeroScan(Image &image, Gauges &gauges) : image_(image), state_(image.state()), gauges_(gauges) {}
+
+ZeroScan::~ZeroScan() {
+    try {
+        if (changed_)
+            image_.give_back();
+    } catch (...) {
+        // The background commit tries again and reports.
+    }
+}
+
+bool ZeroScan::known(GuestCluster c) const {
+    const std::lock_guard guard(mutex_);
+    return c.value < known_.size() && known_[c.value];
+}
+
+void ZeroScan::set_known(GuestCluster c) {
+    const std::lock_guard guard(mutex_);
+    if (known_.size() <= c.value)
+        known_.resize(std::min<std::uint64_t>(std::max(c.value + 1, known_.size() * 2), state_.geometry.guest_clusters()));
+    known_[c.value] = true;
+}
+
+std::vector<Maintenance::Planned> ZeroScan::plan(GuestOffset at, std::uint64_t length, std::size_t most) {
+    const Geometry &g = state_.geometry;
+    std::vector<Planned> planned;
+    std::vector<Mapping> mappings;
+    const GuestOffset end = at + length;
+    while (at < end && planned.size() <= most) {
+        const GuestCluster first = g.cluster_of(at);
+        GuestOffset stop = std::min(end, g.offset_of(state_.mapper.table_end(first)));
+        if (!state_.mapper.has_table(first)) {
+            append_planned(planned, at, stop - at, false);
+        } else {
+            stop = std::min(stop, g.offset_of(first + batch));
+            mappings.resize((g.cluster_of(stop - 1) - first) + 1);
+            state_.mapper.survey(first, mappings);
+            for (std::size_t i = 0; i < mappings.size(); ++i) {
+                const GuestOffset from = std::max(at, g.offset_of(first + i));
+                const GuestOffset to = std::min(stop, g.offset_of(first + i + 1));
+                append_planned(planned, from, to - from, mappings[i].has_host() && !known(first + i));
+            }
+        }
+        at = stop;
+    }
+    if (planned.size() > most)
+        planned.resize(most);
+    return planned;
+}
+
+void ZeroScan::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) {
+    const Geometry &g = state_.geometry;
+    state_.write_back.require_healthy();
+    const GuestCluster last = g.cluster_of(at + (length - 1));
+    std::vector<Mapping> mappings;
+    for (GuestCluster c = g.cluster_of(at); c <= last;) {
+        if (!state_.mapper.has_table(c)) {
+            c = state_.mapper.table_end(c);
+            continue;
+        }
+        const GuestCluster end = std::min({last + 1, state_.mapper.table_end(c), c + batch});
+        mappings.resize(end - c);
+        state_.mapper.survey(c, mappings);
+        for (std::size_t i = 0; i < mappings.size(); ++i) {
+            if (!mappings[i].has_host() || known(c + i))
+                continue;
+            if (stop())
+                throw Error(Error::Kind::stopped, ESHUTDOWN, "stopped on request");
+            look_at(c + i, mappings[i].host);
+        }
+        c = end;
+    }
+}
+
+void ZeroScan::look_at(GuestCluster c, HostCluster host) {
+    const Geometry &g = state_.geometry;
+    const HostOffset from = g.offset_of(host);
+    std::vector<std::byte> bytes(g.cluster_size());
+    // Unlocked: a first look, which also brings the cluster into memory. A hole in the file needs no reading.
+    const auto data = state_.file.next_data(from);
+    if (data && *data < from + g.cluster_size()) {
+        state_.file.read(bytes, from);
+        gauges_.zero_read_bytes += bytes.size();
+        if (!all_zero(bytes))
+            return set_known(c);
+    }
+    {
+        Mapping m;
+        state_.mapper.resolve(c, std::span(&m, 1)); // the slice is in memory when the lock is held
+    }
+    const RangeLock::Exclusive guard(state_.ranges, g.offset_of(c), 1, std::try_to_lock);
+    if (!guard.owns())
+        return; // the guest is at it: look again later
+    Mapping m;
+    state_.mapper.resolve(c, std::span(&m, 1));
+    if (!m.has_host() || m.host != host)
+        return;
+    if (m.kind == Mapping::Kind::data) {
+        state_.file.read(bytes, from);
+        if (!all_zero(bytes))
+            return set_known(c);
+    }
+    {
+        Mapper::Editor editor(state_.mapper, c, 1);
+        editor.set(c, 0);
+    }
+    state_.allocator.retire({{host, 1}});
+    gauges_.zero_freed_bytes += g.cluster_size();
+    changed_ = true;
+}
+
+void ZeroScan::commit(const StopCheck &) {
+    changed_ = false;
+    image_.give_back();
+}
+
+} // namespace qlean

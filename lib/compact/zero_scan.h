@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// Finds allocated clusters that hold nothing but zeroes and gives them back. The plan is every allocated cluster not
+// yet known to hold something; a pass over it leaves it empty. Moves nothing, so it needs no ownership.
+#pragma once
+
+#include "maintenance.h"
+#include "survey.h"
+
+namespace qlean {
+
+class ZeroScan final : public Maintenance {
+  public:
+    ZeroScan(Image &image, Gauges &gauges);
+    ~ZeroScan() override;
+
+    std::vector<Planned> plan(GuestOffset at, std::uint64_t length, std::size_t most) override;
+    void run(GuestOffset at, std::uint64_t length, const StopCheck &stop) override;
+    void commit(const StopCheck &stop) override;
+
+  private:
+    bool known(GuestCluster c) const;
+    void set_known(GuestCluster c);
+    void look_at(GuestCluster c, HostCluster host);
+
+    Image &image_;
+    State &state_;
+    Gauges &gauges_;
+    mutable std::mutex mutex_;
+    std::vector<bool> known_; // by guest cluster: holds something; protected by mutex_
+    std::atomic<bool> changed_{false};
+};
+
+} // namespace qlean

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+#include "gate.h"
+
+#include "lib/error.h"
+
+#include <cerrno>
+#include <csignal>
+#include <sys/eventfd.h>
+#include <thread>
+#include <unistd.h>
+
+namespace qlean::plugin {
+
+namespace {
+
+int wake_fd = -1; // a signal handler may use nothing but this
+
+void on_signal(int) {
+    const int saved = errno;
+    const std::uint64_t one = 1;
+    [[maybe_unused]] const auto n = ::write(wake_fd, &one, sizeof one);
+    errno = saved;
+}
+
+} // namespace
+
+bool Gate::shut() {
+    if (closing_.exchange(true, std::memory_order_acq_rel))
+        return false;
+    lock_.lock();
+    return true;
+}
+
+void Gate::own_signals(std::function<void()> leave) {
+    wake_fd = ::eventfd(0, EFD_CLOEXEC);
+    if (wake_fd == -1)
+        throw_io(errno, "cannot watch for signals");
+    std::thread([this, leave = std::move(leave)] {
+        std::uint64_t count;
+        while (::read(wake_fd, &count, sizeof count) == -1 && errno == EINTR) {
+        }
+        if (!shut())
+            return; // nbdkit is ending by itself and runs the clean-up
+        leave();
+        ::_exit(0);
+    }).detach();
+    struct sigaction action{};
+    action.sa_handler = on_signal;
+    action.sa_flags = SA_RESTART;
+    sigemptyset(&action.sa_mask);
+    for (const int signal : {SIGTERM, SIGINT, SIGHUP, SIGQUIT})
+        ::sigaction(signal, &action, nullptr);
+}
+
+} // namespace qlean::plugin

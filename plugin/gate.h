@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// Stopping without an I/O error. nbdkit's own answer to SIGTERM is to refuse requests, which the guest sees as broken
+// disk; this one lets requests in flight finish, holds new ones unanswered, leaves the image clean and ends the
+// process. A QEMU with reconnect-delay then sends what was held to the next server.
+#pragma once
+
+#include "lib/rw_lock.h"
+
+#include <atomic>
+#include <functional>
+#include <mutex>
+#include <shared_mutex>
+
+namespace qlean::plugin {
+
+class Gate {
+  public:
+    /// Held by every request while it runs. Blocks for good once the server stops.
+    std::shared_lock<RwLock> enter() { return std::shared_lock(lock_); }
+    /// True from the moment that stopping was asked for: long requests end early.
+    bool closing() const { return closing_.load(std::memory_order_acquire); }
+
+    /// Takes over SIGTERM, SIGINT, SIGHUP and SIGQUIT: on the first, `leave` runs once no request does, and the
+    /// process ends with status 0. Call after nbdkit has forked.
+    void own_signals(std::function<void()> leave);
+    /// Stops every later request, waiting for those in flight; true for the first caller only.
+    bool shut();
+
+  private:
+    RwLock lock_;
+    std::atomic<bool> closing_{false};
+};
+
+} // namespace qlean::plugin

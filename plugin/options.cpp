@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+#include "options.h"
+
+#include "lib/error.h"
+#include "nbdkit.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <iterator>
+#include <memory>
+#include <vector>
+
+namespace qlean::plugin {
+
+namespace {
+
+constexpr const char *short_options_with_argument = "DegipPtuU";
+
+std::vector<std::string> command_line() {
+    std::ifstream in("/proc/self/cmdline", std::ios::binary);
+    const std::string all((std::istreambuf_iterator<char>(in)), {});
+    std::vector<std::string> arguments;
+    for (std::size_t at = 0; at < all.size();) {
+        arguments.emplace_back(all.c_str() + at);
+        at += arguments.back().size() + 1;
+    }
+    return arguments;
+}
+
+} // namespace
+
+void Options::set(const std::string &key, const std::string &value) {
+    if (key == "file") {
+        const std::unique_ptr<char, decltype(&std::free)> path(nbdkit_absolute_path(value.c_str()), &std::free);
+        if (!path)
+            throw Error(Error::Kind::unsupported, EINVAL, fmt::format("'file={}' names no file", value));
+        file = path.get();
+    } else if (key == "metadata-cache") {
+        const std::int64_t size = nbdkit_parse_size(value.c_str());
+        if (size <= 0)
+            throw Error(Error::Kind::unsupported, EINVAL,
+                        fmt::format("'metadata-cache={}' is not a size such as 64M", value));
+        cache_bytes = static_cast<std::uint64_t>(size);
+    } else {
+        throw Error(Error::Kind::unsupported, EINVAL,
+                    fmt::format("unknown parameter '{}'; the qcow2 plugin takes file= and metadata-cache=", key));
+    }
+}
+
+void Options::complete() {
+    if (file.empty())
+        throw Error(Error::Kind::unsupported, EINVAL, "which image? give file=DISK.qcow2");
+    read_only = started_read_only();
+}
+
+bool started_read_only() {
+    const auto arguments = command_line();
+    for (std::size_t i = 1; i < arguments.size(); ++i) {
+        const std::string &a = arguments[i];
+        if (a == "--")
+            break;
+        if (a.rfind("--", 0) == 0) {
+            if (a.size() >= 5 && (std::string("--readonly").rfind(a, 0) == 0 || std::string("--read-only").rfind(a, 0) == 0))
+                return true;
+            continue;
+        }
+        if (a.size() < 2 || a[0] != '-')
+            continue;
+        for (std::size_t c = 1; c < a.size(); ++c) {
+            if (a[c] == 'r')
+                return true;
+            if (std::strchr(short_options_with_argument, a[c]) != nullptr) {
+                if (c + 1 == a.size())
+                    ++i;
+                break;
+            }
+        }
+    }
+    return false;
+}
+
+} // namespace qlean::plugin

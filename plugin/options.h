@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// The plugin's parameters, and the one thing of nbdkit's own command line that must be known before a client connects.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace qlean::plugin {
+
+struct Options {
+    std::string file;                                ///< absolute
+    std::uint64_t cache_bytes = 64 * 1024 * 1024;    ///< of L2 tables kept in memory
+    bool read_only = false;                          ///< nbdkit -r
+
+    /// Takes one key=value. Throws Error naming an unknown key or a bad value.
+    void set(const std::string &key, const std::string &value);
+    /// Throws Error if something needed is missing.
+    void complete();
+};
+
+/// Whether this process was started with -r. nbdkit tells a plugin only when a client connects, but the image must be
+/// opened, locked and judged before.
+bool started_read_only();
+
+} // namespace qlean::plugin

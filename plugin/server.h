@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// What the connections of one server share.
+#pragma once
+
+#include "gate.h"
+#include "guest_stats.h"
+#include "lib/compact/maintenance.h"
+#include "lib/compact/survey.h"
+#include "lib/image.h"
+#include "options.h"
+
+#include <memory>
+
+namespace qlean::plugin {
+
+struct Server {
+    Options options;
+    std::unique_ptr<Image> image;
+    MoveOwnership ownership;
+    Gauges gauges;
+    GuestStats stats;
+    Gate gate;
+    std::atomic<std::uint64_t> connections{0};
+};
+
+/// The process's one server, as nbdkit has one plugin.
+Server &server();
+
+} // namespace qlean::plugin

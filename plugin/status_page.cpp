@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+#include "status_page.h"
+
+#include "guard.h"
+#include "lib/posix_file.h"
+#include "nbdkit.h"
+
+#include <nlohmann/json.hpp>
+#include <unistd.h>
+
+namespace qlean::plugin {
+
+namespace {
+
+using json = nlohmann::ordered_json;
+
+/// The last walk of the image, and what it cost.
+struct Measured {
+    std::mutex mutex;
+    std::optional<Survey> survey;
+    std::chrono::steady_clock::time_point at{};
+    std::chrono::steady_clock::duration took{};
+};
+
+Measured &measured() {
+    static Measured instance;
+    return instance;
+}
+
+/// Walking costs the guest something: at most a tenth of the time goes into it, however often a status is opened.
+constexpr int rest_factor = 10;
+
+json known(std::int64_t value) { return value < 0 ? json(nullptr) : json(value); }
+
+json traffic(const GuestStats::Totals &totals, GuestStats::Kind kind) {
+    return {{"requests", totals.requests[kind]}, {"bytes", totals.bytes[kind]}};
+}
+
+} // namespace
+
+void measure_status(Server &server) {
+    Measured &m = measured();
+    const std::lock_guard guard(m.mutex);
+    const auto began = std::chrono::steady_clock::now();
+    if (m.survey && began - m.at < m.took * rest_factor)
+        return;
+    m.survey = survey_image(server.image->state());
+    m.at = std::chrono::steady_clock::now();
+    m.took = m.at - began;
+}
+
+std::string make_status_page(Server &server) {
+    State &state = server.image->state();
+    const Geometry &g = state.geometry;
+    const auto counts = state.allocator.counts();
+    const auto totals = server.stats.totals();
+    const auto recent = server.stats.recent();
+
+    json page;
+    page["qlean"] = 1;
+    page["version"] = QLEAN_VERSION;
+    page["server"] = {{"pid", ::getpid()}, {"nbdkit", NBDKIT_VERSION_STRING}, {"read_only", state.read_only}};
+    page["image"] = {{"file", state.file.name()},
+                     {"qcow2_version", state.header.header().version},
+                     {"virtual_size", g.virtual_size()},
+                     {"cluster_size", g.cluster_size()}};
+    page["file"] = {{"length", state.file.length()}, {"allocated", state.file.allocated()}};
+    {
+        const Measured &m = measured();
+        const std::lock_guard guard(measured().mutex);
+        if (m.survey) {
+            const auto pinned = server.gauges.pinned.load();
+            page["clusters"] = {{"in_use", m.survey->data + m.survey->metadata},
+                                {"data", m.survey->data},
+                                {"metadata", m.survey->metadata},
+                                {"pinned", known(pinned)},
+                                {"retired", counts.retired},
+                                {"free", counts.complete ? json(counts.free + counts.punching) : json(nullptr)}};
+            page["fragmentation"] = {{"allocated", m.survey->data}, {"fragmented", m.survey->fragmented}};
+        } else {
+            page["clusters"] = nullptr;
+            page["fragmentation"] = nullptr;
+        }
+    }
+    page["compact"] = {{"ideal_end", known(server.gauges.ideal_end)},
+                       {"pending", known(server.gauges.pending)},
+                       {"moved_bytes", server.gauges.moved_bytes.load()},
+                       {"given_back_bytes", server.gauges.given_back_bytes.load()}};
+    page["zeroes"] = {{"read_bytes", server.gauges.zero_read_bytes.load()},
+                      {"freed_bytes", server.gauges.zero_freed_bytes.load()}};
+    json owner = nullptr;
+    if (const auto o = server.ownership.owner())
+        owner = {{"export", o->operation}, {"connection", o->connection}};
+    page["maintenance"] = {{"owner", owner}};
+    page["commit"] = {{"count", state.write_back.commits()}, {"last_ms", state.write_back.last_commit_ms()}};
+    page["guest"] = {{"read", traffic(totals, GuestStats::read)},
+                     {"write", traffic(totals, GuestStats::write)},
+                     {"trim", traffic(totals, GuestStats::trim)},
+                     {"zero", traffic(totals, GuestStats::zero)},
+                     {"flush", {{"requests", totals.requests[GuestStats::flush]}}}};
+    if (recent.count() > 0)
+        page["guest"]["latency_us"] = {{"p50", recent.quantile_us(0.5)},
+                                       {"p99", recent.quantile_us(0.99)},
+                                       {"max", recent.quantile_us(1.0)}};
+    page["memory"] = {{"metadata_cache", state.l2.memory_bytes()}, {"metadata_dirty", state.l2.dirty_bytes()}};
+    page["poisoned"] = state.write_back.poisoned();
+    const auto error = last_error().get();
+    page["last_error"] = error ? json(*error) : json(nullptr);
+
+    std::string text = page.dump(1, ' ', false, json::error_handler_t::replace);
+    if (text.size() >= status_page_size)
+        text = R"({"qlean": 1, "last_error": "the status does not fit its page"})";
+    text.resize(status_page_size - 1, ' ');
+    text += '\n';
+    return text;
+}
+
+} // namespace qlean::plugin
