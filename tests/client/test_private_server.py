@@ -149,6 +149,19 @@ class PrivateServer(Case):
         process.wait()
         wait_for(lambda: not alive(server), "the private server to follow its client")
 
+    def test_client_killed_while_the_server_starts(self):
+        # nbdkit 1.32 -f asks for its parent's death signal itself; this one does not, and never listens.
+        slow = self.dir + "/slow-nbdkit"
+        with open(slow, "w") as f:
+            f.write("#!/bin/sh\nexec sleep 60\n")
+        os.chmod(slow, 0o755)
+        process = subprocess.Popen([self.qlean, "status", "--nbdkit", slow, self.image()], env=self.env)
+        server = wait_for(lambda: children_of(process.pid), "the stand-in")[0]
+        wait_for(lambda: os.readlink(f"/proc/{server}/exe").endswith("sleep"), "its exec")
+        process.kill()
+        process.wait()
+        wait_for(lambda: not alive(server), "the stand-in to follow its client")
+
     def test_second_signal_leaves_no_files(self):
         image = self.image("disk.qcow2", "size=1G", "todo=compact:0+1G", "cache-ms=3000", "version=1.32.5")
         process, server = self.start("compact", "--no-zeroes", image)
