@@ -295,6 +295,8 @@ Image::Outcome Image::write_chunk(std::span<const std::byte> from, GuestOffset a
     std::vector<HostRun> replaced;
     {
         Mapper::Editor editor(state_.mapper, first, mappings.size());
+        if (!editor.exists())
+            return Outcome::commit_first; // the table was empty and has been given back meanwhile
         for (std::size_t i = 0; i < mappings.size(); ++i) {
             const Mapping &m = mappings[i];
             if (m.writable_in_place())

@@ -5,8 +5,11 @@
 #include "lib/error.h"
 #include "nbdkit.h"
 
+#include <cctype>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <memory>
@@ -79,6 +82,25 @@ bool started_read_only() {
         }
     }
     return false;
+}
+
+std::string running_nbdkit_version() {
+    // A plugin is not told; the program says it when asked. "nbdkit 1.32.5 (nbdkit 1.32.5-1)" is the answer.
+    std::error_code error;
+    const auto program = std::filesystem::read_symlink("/proc/self/exe", error);
+    std::string answer;
+    if (!error) {
+        const std::unique_ptr<FILE, int (*)(FILE *)> out(
+            ::popen(fmt::format("'{}' --version 2>/dev/null </dev/null", program.string()).c_str(), "re"), &::pclose);
+        char line[256];
+        if (out && std::fgets(line, sizeof line, out.get()) != nullptr)
+            answer = line;
+    }
+    std::string version;
+    if (const auto at = answer.find("nbdkit "); at != std::string::npos)
+        for (std::size_t i = at + 7; i < answer.size() && (std::isdigit(static_cast<unsigned char>(answer[i])) || answer[i] == '.'); ++i)
+            version += answer[i];
+    return version.empty() ? NBDKIT_VERSION_STRING : version;
 }
 
 } // namespace qlean::plugin

@@ -24,4 +24,7 @@ struct Options {
 /// opened, locked and judged before.
 bool started_read_only();
 
+/// The version of the nbdkit that runs this plugin, such as "1.32.5": one build serves many.
+std::string running_nbdkit_version();
+
 } // namespace qlean::plugin

@@ -61,6 +61,7 @@ int get_ready() {
         Image::Options options;
         options.read_only = server().options.read_only;
         options.cache_bytes = server().options.cache_bytes;
+        server().nbdkit_version = running_nbdkit_version();
         server().image = Image::open(server().options.file, options);
         return 0;
     });

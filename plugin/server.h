@@ -17,6 +17,7 @@ namespace qlean::plugin {
 
 struct Server {
     Options options;
+    std::string nbdkit_version; ///< of the server that runs, not the one this was built for
     std::unique_ptr<Image> image;
     MoveOwnership ownership;
     Gauges gauges;

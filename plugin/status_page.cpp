@@ -60,7 +60,7 @@ std::string make_status_page(Server &server) {
     json page;
     page["qlean"] = 1;
     page["version"] = QLEAN_VERSION;
-    page["server"] = {{"pid", ::getpid()}, {"nbdkit", NBDKIT_VERSION_STRING}, {"read_only", state.read_only}};
+    page["server"] = {{"pid", ::getpid()}, {"nbdkit", server.nbdkit_version}, {"read_only", state.read_only}};
     page["image"] = {{"file", state.file.name()},
                      {"qcow2_version", state.header.header().version},
                      {"virtual_size", g.virtual_size()},
