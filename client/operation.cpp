@@ -27,13 +27,14 @@ namespace {
 
 constexpr std::uint64_t mebibyte = 1048576;
 constexpr std::uint64_t flush_every = 32 * mebibyte;
-// While a FLUSH is slow, CACHE goes on up to here: more would only pile up uncommitted work.
+// What has been sent and is not known to be committed never exceeds this: answered, in flight, and in a running FLUSH.
 constexpr std::uint64_t uncommitted_limit = 64 * mebibyte;
 
-// Pieces of 4 MiB keep a slow disk's drain short. Under a rate limit a piece is at most one second's worth, so that the
-// pace is even; never less than a cluster, because half a cluster cannot be done.
-std::uint64_t piece_size(const std::optional<std::uint64_t> &rate, std::uint64_t cluster_size) {
-    std::uint64_t size = 4 * mebibyte;
+// Small pieces keep a slow disk's drain short, and fifteen of 2 MiB fit beside a FLUSH of 32 MiB. Under a rate limit a
+// piece is at most one second's worth, so that the pace is even; never less than a cluster, because half a cluster
+// cannot be done.
+std::uint64_t piece_size(unsigned depth, const std::optional<std::uint64_t> &rate, std::uint64_t cluster_size) {
+    std::uint64_t size = depth == 1 ? 4 * mebibyte : 2 * mebibyte;
     if (rate && *rate < 16 * mebibyte) {
         size = std::min(mebibyte, std::bit_floor(*rate));
     }
@@ -64,7 +65,7 @@ Operation::Operation(const Target &target, Connection &status, Pace &pace, Progr
       slots_(std::make_unique<std::array<Slot, 15>>()) {
     const StatusPage page = StatusPage::read(status_);
     depth_ = std::min<unsigned>(page.depth(), slots_->size());
-    piece_size_ = piece_size(pace_.rate(), page.cluster_size());
+    piece_size_ = piece_size(depth_, pace_.rate(), page.cluster_size());
 }
 
 Operation::~Operation() = default;
@@ -178,16 +179,16 @@ void Operation::send(const Plan &plan, std::size_t &next) {
     while (in_flight() < depth_) {
         Slot *slot = free_slot();
         if (since_flush_ >= flush_every && !flush_in_flight_) {
-            *slot = {.ticket = {}, .used = true, .is_flush = true, .planned = 0};
-            flush_in_flight_ = true;
-            since_flush_ = 0;
-            connection_->start_flush(slot->ticket);
+            start_flush(*slot);
             continue;
         }
-        if (next >= plan.pieces.size() || since_flush_ >= uncommitted_limit) {
+        if (next >= plan.pieces.size()) {
             return;
         }
         const Piece &piece = plan.pieces[next];
+        if (uncommitted() + piece.planned > uncommitted_limit) {
+            return; // until the FLUSH in flight, or the one that the next answers make due, is answered
+        }
         const auto now = Pace::Clock::now();
         if (pace_.delay(piece.planned, now) > Pace::Clock::duration::zero()) {
             return;
@@ -207,6 +208,7 @@ void Operation::collect() {
         slot.used = false;
         if (slot.is_flush) {
             flush_in_flight_ = false;
+            in_flush_ = 0;
         }
         if (slot.ticket.error != 0) {
             if (error_ == 0) {
@@ -232,12 +234,24 @@ void Operation::wait_all() {
     }
 }
 
-void Operation::flush_and_wait() {
-    Slot *slot = free_slot();
-    *slot = {.ticket = {}, .used = true, .is_flush = true, .planned = 0};
+void Operation::start_flush(Slot &slot) {
+    slot = {.ticket = {}, .used = true, .is_flush = true, .planned = 0};
     flush_in_flight_ = true;
+    in_flush_ = since_flush_;
     since_flush_ = 0;
-    connection_->start_flush(slot->ticket);
+    connection_->start_flush(slot.ticket);
+}
+
+std::uint64_t Operation::uncommitted() const {
+    std::uint64_t bytes = since_flush_ + in_flush_;
+    for (const Slot &slot : *slots_) {
+        bytes += slot.used ? slot.planned : 0;
+    }
+    return bytes;
+}
+
+void Operation::flush_and_wait() {
+    start_flush(*free_slot());
     wait_all();
 }
 

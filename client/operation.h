@@ -68,7 +68,9 @@ class Operation {
     std::optional<std::uint64_t> read_pending();
     void pass(const Plan &plan);
     void commit_until_settled();
+    void start_flush(Slot &slot);
     void flush_and_wait();
+    std::uint64_t uncommitted() const;
     void send(const Plan &plan, std::size_t &next);
     void collect();
     void wait_all();
@@ -89,6 +91,7 @@ class Operation {
     std::unique_ptr<Connection> connection_;
     std::uint64_t pass_done_ = 0;   // planned bytes answered in this pass
     std::uint64_t since_flush_ = 0; // planned bytes answered since the last FLUSH was sent
+    std::uint64_t in_flush_ = 0;    // those that the FLUSH in flight covers
     bool flush_in_flight_ = false;
     int error_ = 0; // the first errno a request failed with; nothing is sent after it
     bool error_from_flush_ = false;

@@ -29,7 +29,7 @@ class Errors(Case):
                 server = self.server("size=256M", "todo=compact:0+128M", "error-after=10:" + name)
                 summary = self.run_json("compact", "--no-zeroes", server.socket, code=ERROR)
                 self.assertIn("writing at 4096 failed", summary["error"])
-                self.assertEqual(summary["operations"][0]["handled_bytes"], 9 * 4 * M)
+                self.assertEqual(summary["operations"][0]["handled_bytes"], 9 * 2 * M)
                 self.assertEqual(summary["exit_code"], ERROR)
                 last = [e for e in server.log() if e["event"] in ("cache-end", "flush-end")][-1]
                 self.assertEqual(last["event"], "flush-end")

@@ -89,7 +89,8 @@ class PrivateServer(Case):
             f.write('#!/bin/sh\necho "$@" >' + self.dir + '/arguments\necho "nbdkit: error: no such plugin" >&2\nexit 1\n')
         os.chmod(wrapper, 0o755)
         self.go("status", "--nbdkit", wrapper, self.image(), code=ERROR)
-        self.assertRegex(open(self.dir + "/arguments").read(), r"-r qcow2 file=/")
+        with open(self.dir + "/arguments") as f:
+            self.assertRegex(f.read(), r"-r qcow2 file=/")
 
     def test_long_tmpdir(self):
         self.tmp = self.dir + "/" + "x" * 120
