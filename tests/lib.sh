@@ -145,7 +145,7 @@ run_pid() {
 
 # start_server [--reclaim] [--socket PATH] IMAGE [NBDKIT ARGUMENTS]: sets SERVER (its id), SOCK and URI
 start_server() {
-    local filter=() sock='' image
+    local filter=() sock='' image options=() parameters=() a
     while [[ $1 == --* ]]; do
         case $1 in
         --reclaim) filter=(--filter="$FILTER"); shift ;;
@@ -155,10 +155,14 @@ start_server() {
     done
     image=$1
     shift
+    for a; do # nbdkit's options go before the plugin, parameters (a filter's too) after it
+        if [[ $a != -* && $a == *=* ]]; then parameters+=("$a"); else options+=("$a"); fi
+    done
     SERVERS=$((SERVERS + 1))
     SOCK=${sock:-$W/s$SERVERS}
     rm -f "$SOCK" "$W/pid" # nbdkit leaves its socket behind when it is killed
-    run_pid "$W/server$SERVERS.log" nbdkit -f -P "$W/pid" -U "$SOCK" "$@" "${filter[@]}" "$PLUGIN" file="$image"
+    run_pid "$W/server$SERVERS.log" nbdkit -f -P "$W/pid" -U "$SOCK" "${options[@]}" "${filter[@]}" "$PLUGIN" file="$image" \
+        "${parameters[@]}"
     SERVER=$PID
     URI="nbd+unix:///?socket=$SOCK"
     server_ready || fail "the server did not start: $(cat "$W/server$SERVERS.log")"

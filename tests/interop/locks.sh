@@ -9,13 +9,13 @@ image=$W/disk.qcow2
 create "$image" 64M
 qemu-io -c 'write -P 1 0 1M' "$image" >/dev/null
 
-rw=(nbdkit -f -U "$W/second" "$PLUGIN" file="$image" --run true)
-ro=(nbdkit -r -f -U "$W/second" "$PLUGIN" file="$image" --run true)
-reads() { "$@" >/dev/null 2>&1 || fail "refused but harmless while $state: $*"; }
+rw=(nbdkit -U - "$PLUGIN" file="$image" --run true)
+ro=(nbdkit -r -U - "$PLUGIN" file="$image" --run true)
+reads() { "$@" >"$W/out.txt" 2>&1 || fail "refused but harmless while $state: $*: $(cat "$W/out.txt")"; }
 refused() { expect_failure "$state: $1" "$@"; }
 locked() {
     refused "$@"
-    grep -qi 'lock\|in use\|another process' "$W/failed.txt" || fail "no word of a lock: $(cat "$W/failed.txt")"
+    grep -qi 'write. lock\|shared .* lock\|in use by another' "$W/failed.txt" || fail "no word of a lock: $(cat "$W/failed.txt")"
 }
 write=(qemu-io -f qcow2 -c 'write -P 2 0 64k')
 

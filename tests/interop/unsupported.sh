@@ -10,7 +10,7 @@ need qemu-img qemu-io
 refused() {
     local image=$W/$1.qcow2 before rc=0
     before=$(sha "$image")
-    timeout 20 nbdkit -f -U "$W/s" "$PLUGIN" file="$image" --run true >"$W/out.txt" 2>"$W/err.txt" || rc=$?
+    timeout 20 nbdkit -U - "$PLUGIN" file="$image" --run true >"$W/out.txt" 2>"$W/err.txt" || rc=$?
     { [ $rc != 0 ] && [ $rc -lt 124 ]; } || fail "$1: status $rc: $(cat "$W/err.txt")"
     [ "$(wc -l <"$W/err.txt")" = 1 ] || fail "$1: not one line but: $(cat "$W/err.txt")"
     grep -Eqi -- "$2" "$W/err.txt" || fail "$1: the sentence does not name $2: $(cat "$W/err.txt")"
