@@ -14,7 +14,6 @@ L1Table::L1Table(std::vector<std::uint64_t> words, HostOffset home)
 }
 
 void L1Table::set(std::uint64_t i, std::uint64_t word) {
-    const std::lock_guard guard(mutex_);
     entries_[i].store(word, std::memory_order_release);
     auto dirty = dirty_[i / sector_words];
     if (!dirty) {
@@ -24,16 +23,22 @@ void L1Table::set(std::uint64_t i, std::uint64_t word) {
 }
 
 void L1Table::link_new(std::uint64_t i, HostOffset table) {
-    {
-        const std::lock_guard guard(mutex_);
-        new_.insert(i);
-    }
+    // In one step: a leader that finds the table among the new ones finds its address too.
+    const std::lock_guard guard(mutex_);
+    new_.insert(i);
+    set(i, entry::data(table));
+}
+
+void L1Table::relink(std::uint64_t i, HostOffset table) {
+    const std::lock_guard guard(mutex_);
+    new_.erase(i);
     set(i, entry::data(table));
 }
 
 void L1Table::unlink(std::uint64_t i) {
+    const std::lock_guard guard(mutex_);
+    new_.erase(i);
     set(i, 0);
-    written(i);
 }
 
 bool L1Table::is_new(std::uint64_t i) const {

@@ -41,7 +41,7 @@ class L1Table {
     /// Links a table that has not been written. Caller holds lock(i) exclusively.
     void link_new(std::uint64_t i, HostOffset table);
     /// Points at a table whose whole content is at `table` already. Caller holds lock(i) exclusively, and leads.
-    void relink(std::uint64_t i, HostOffset table) { set(i, entry::data(table)); }
+    void relink(std::uint64_t i, HostOffset table);
     /// Removes the table. Caller holds lock(i) exclusively, and leads.
     void unlink(std::uint64_t i);
 
@@ -64,7 +64,7 @@ class L1Table {
         RwLock lock;
     };
 
-    void set(std::uint64_t i, std::uint64_t word);
+    void set(std::uint64_t i, std::uint64_t word); // with mutex_ held
 
     std::uint64_t size_;
     std::unique_ptr<std::atomic<std::uint64_t>[]> entries_; // host byte order

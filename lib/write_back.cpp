@@ -189,6 +189,12 @@ void WriteBack::settle_lowered() {
     freed_.clear();
 }
 
+void WriteBack::write_table(const L2Cache::Copy &copy) {
+    if (geometry_.cluster_of(copy.at).value == 0)
+        throw std::logic_error("an L2 table without a home would overwrite the header");
+    file_.write(std::as_bytes(std::span(copy.words)), copy.at);
+}
+
 /// Phase 1: all that the entries of phase 2 rely on. One sync covers it, and the guest's data with it.
 void WriteBack::write_first(Round &round) {
     apply_increments();
@@ -197,7 +203,7 @@ void WriteBack::write_first(Round &round) {
     refcounts_.write_dirty();
     for (const auto &copy : round.l2)
         if (copy.whole_new_table)
-            file_.write(std::as_bytes(std::span(copy.words)), copy.at);
+            write_table(copy);
     sync();
     settle_lowered();
 }
@@ -210,7 +216,7 @@ void WriteBack::publish(Round &round) {
             continue;
         if (!syncs_.is_durable(copy.needs))
             throw std::logic_error("an L2 entry would be published before what it points to is durable");
-        file_.write(std::as_bytes(std::span(copy.words)), copy.at);
+        write_table(copy);
         wrote = true;
     }
     for (const auto &run : round.l1) {

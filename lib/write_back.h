@@ -63,6 +63,7 @@ class WriteBack {
     struct Round;
 
     void run(Give give);
+    void write_table(const L2Cache::Copy &copy);
     void write_first(Round &round);
     void publish(Round &round);
     void lower_unlinked();

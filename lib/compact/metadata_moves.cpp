@@ -45,7 +45,6 @@ bool move_l2_table(State &state, std::uint64_t i, HostCluster end) {
         source = g.cluster_of(home);
         write_words(state, state.l2.whole_table(i), g.offset_of(destination));
         state.l1.relink(i, g.offset_of(destination));
-        state.l1.written(i);
     }
     reserved.publish();
     state.allocator.retire({{source, 1}});
