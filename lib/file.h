@@ -33,6 +33,9 @@ class File {
     virtual bool punch(HostOffset at, std::uint64_t length) = 0;
     /// Makes [at, at+length) read as zeroes and keeps the space. False: not possible cheaply, nothing changed.
     virtual bool zero_keeping_space(HostOffset at, std::uint64_t length) = 0;
+    /// Makes the host keep space for [at, at+length), so that writing there cannot run out of it. Where the host has no
+    /// such promise, nothing happens.
+    virtual void reserve_space(HostOffset at, std::uint64_t length) = 0;
     virtual std::uint64_t length() = 0;
     /// Bytes the host has allocated for the file.
     virtual std::uint64_t allocated() = 0;

@@ -19,11 +19,11 @@ void Mapper::require_sane(GuestCluster c, const Mapping &mapping) const {
     if (mapping.kind == Mapping::Kind::compressed)
         throw Error(Error::Kind::unsupported, EIO,
                     fmt::format("'{}': the cluster at guest offset {:#x} is compressed, which is not supported yet",
-                                file_, geometry_.offset_of(c).value));
+                                file_.name(), geometry_.offset_of(c).value));
     if (mapping.kind == Mapping::Kind::damaged || (mapping.has_host() && mapping.host.value >= allocator_.end()))
         throw_bad_image("'{}' is damaged: the L2 entry of guest offset {:#x} points to no valid cluster; stop the "
                         "server and run 'qemu-img check'",
-                        file_, geometry_.offset_of(c).value);
+                        file_.name(), geometry_.offset_of(c).value);
 }
 
 void Mapper::resolve(GuestCluster first, std::span<Mapping> out) {
@@ -54,7 +54,7 @@ bool Mapper::ensure_table(GuestCluster c, Allocator::Growth growth) {
             throw Error(Error::Kind::unsupported, EIO,
                         fmt::format("'{}': L2 table {} may be shared with a snapshot, which is not supported yet; "
                                     "'qemu-img check -r all' repairs a flag left wrong by a crash",
-                                    file_, i));
+                                    file_.name(), i));
         return true;
     }
     const std::lock_guard guard(l1_.lock(i));
@@ -63,7 +63,11 @@ bool Mapper::ensure_table(GuestCluster c, Allocator::Growth growth) {
     auto home = allocator_.reserve(1, growth);
     if (home.empty())
         return false;
-    l1_.link_new(i, geometry_.offset_of(home.take_first().run.first));
+    // A commit must not run out of space: without it nothing could ever be given back.
+    const HostOffset at = geometry_.offset_of(home.extents().front().run.first);
+    file_.reserve_space(at, geometry_.cluster_size());
+    home.publish();
+    l1_.link_new(i, at);
     return true;
 }
 

@@ -19,7 +19,7 @@ namespace qlean {
 
 class Mapper {
   public:
-    Mapper(const Geometry &geometry, unsigned version, const std::string &file, L1Table &l1, L2Cache &l2,
+    Mapper(const Geometry &geometry, unsigned version, File &file, L1Table &l1, L2Cache &l2,
            Allocator &allocator)
         : geometry_(geometry), version_(version), file_(file), l1_(l1), l2_(l2), allocator_(allocator) {}
 
@@ -60,7 +60,7 @@ class Mapper {
 
     Geometry geometry_;
     unsigned version_;
-    const std::string &file_;
+    File &file_;
     L1Table &l1_;
     L2Cache &l2_;
     Allocator &allocator_;

@@ -137,6 +137,16 @@ bool PosixFile::zero_keeping_space(HostOffset at, std::uint64_t length) {
     return true;
 }
 
+void PosixFile::reserve_space(HostOffset at, std::uint64_t length) {
+    while (::fallocate(fd_, FALLOC_FL_KEEP_SIZE, as_off(at), static_cast<off_t>(length)) == -1) {
+        if (errno == EINTR)
+            continue;
+        if (errno == EOPNOTSUPP || errno == ENOSYS)
+            return;
+        fail(errno, "reserving", at, length);
+    }
+}
+
 std::uint64_t PosixFile::length() {
     struct stat st;
     if (::fstat(fd_, &st) == -1)

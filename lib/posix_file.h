@@ -29,6 +29,7 @@ class PosixFile final : public File {
     void truncate(std::uint64_t length) override;
     bool punch(HostOffset at, std::uint64_t length) override;
     bool zero_keeping_space(HostOffset at, std::uint64_t length) override;
+    void reserve_space(HostOffset at, std::uint64_t length) override;
     std::uint64_t length() override;
     std::uint64_t allocated() override;
     std::optional<HostOffset> next_data(HostOffset at) override;

@@ -249,8 +249,15 @@ void WriteBack::link_ahead() {
     for (std::uint64_t r = first; r <= last; ++r)
         if (!refcounts_.linked(r))
             missing.push_back(r);
-    if (!missing.empty())
+    if (missing.empty())
+        return;
+    try {
         link_regions(missing);
+    } catch (const Error &error) {
+        // On a full disk the commit must go on: it is what gives space back. Growing will say that there is none.
+        if (error.kind() != Error::Kind::no_space)
+            throw;
+    }
 }
 
 void WriteBack::link_regions(const std::vector<std::uint64_t> &regions) {

@@ -3,8 +3,10 @@
 #include "gate.h"
 
 #include "lib/error.h"
+#include "nbdkit.h"
 
 #include <cerrno>
+#include <chrono>
 #include <csignal>
 #include <sys/eventfd.h>
 #include <thread>
@@ -13,6 +15,9 @@
 namespace qlean::plugin {
 
 namespace {
+
+/// How long nbdkit may take to end when nobody is connected.
+constexpr auto patience = std::chrono::seconds(2);
 
 int wake_fd = -1; // a signal handler may use nothing but this
 
@@ -43,6 +48,10 @@ void Gate::own_signals(std::function<void()> leave) {
         if (!shut())
             return; // nbdkit is ending by itself and runs the clean-up
         leave();
+        if (connections_.load() == 0) {
+            nbdkit_shutdown();
+            std::this_thread::sleep_for(patience);
+        }
         ::_exit(0);
     }).detach();
     struct sigaction action{};

@@ -22,15 +22,19 @@ class Gate {
     /// True from the moment that stopping was asked for: long requests end early.
     bool closing() const { return closing_.load(std::memory_order_acquire); }
 
-    /// Takes over SIGTERM, SIGINT, SIGHUP and SIGQUIT: on the first, `leave` runs once no request does, and the
-    /// process ends with status 0. Call after nbdkit has forked.
+    /// Takes over SIGTERM, SIGINT, SIGHUP and SIGQUIT: on the first, `leave` runs once no request does. Then the
+    /// process ends with status 0: by itself while clients are connected, for nbdkit would answer what is held with
+    /// errors; through nbdkit, which lets filters finish their work, when there are none. Call after nbdkit has forked.
     void own_signals(std::function<void()> leave);
+    void connected() { connections_.fetch_add(1); }
+    void disconnected() { connections_.fetch_sub(1); }
     /// Stops every later request, waiting for those in flight; true for the first caller only.
     bool shut();
 
   private:
     RwLock lock_;
     std::atomic<bool> closing_{false};
+    std::atomic<int> connections_{0};
 };
 
 } // namespace qlean::plugin

@@ -98,7 +98,9 @@ void *open(int read_only) {
     return guarded(static_cast<void *>(nullptr), [&]() -> void * {
         const auto entry = server().gate.enter();
         const char *name = nbdkit_export_name();
-        return open_export(server(), name ? name : "", read_only != 0).release();
+        void *handle = open_export(server(), name ? name : "", read_only != 0).release();
+        server().gate.connected();
+        return handle;
     });
 }
 
@@ -106,6 +108,7 @@ void close(void *handle) {
     guarded(0, [&] {
         const auto entry = server().gate.enter();
         delete static_cast<Export *>(handle);
+        server().gate.disconnected();
         return 0;
     });
 }

@@ -170,6 +170,21 @@ void Compact::commit_if_much(std::uint64_t moved) {
     image_.give_back();
 }
 
+/// A move may need space on the host before it gives any back: on a full disk, what was moved so far gives it.
+Moved Compact::relocate_on_full_disk(GuestCluster c, HostCluster source, const Allocator::Extent &destination,
+                                     bool *used) {
+    try {
+        return relocate(state_, c, source, destination, used);
+    } catch (const Error &error) {
+        if (error.kind() != Error::Kind::no_space)
+            throw;
+    }
+    image_.give_back();
+    auto written_to = destination;
+    written_to.zero = false; // the attempt that failed may have left something
+    return relocate(state_, c, source, written_to, used);
+}
+
 void Compact::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) {
     const Geometry &g = state_.geometry;
     state_.write_back.require_healthy();
@@ -194,7 +209,7 @@ void Compact::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) {
         bool used = false;
         auto destination = room.extents().front();
         destination.run.count = 1;
-        if (relocate(state_, cluster, source, destination, &used) != Moved::yes || !used)
+        if (relocate_on_full_disk(cluster, source, destination, &used) != Moved::yes || !used)
             continue;
         room.take_first();
         append_run(written, destination.run);

@@ -10,6 +10,7 @@
 
 #include "layout.h"
 #include "maintenance.h"
+#include "relocator.h"
 #include "survey.h"
 
 #include <set>
@@ -35,6 +36,7 @@ class Compact final : public Maintenance {
     };
     Work find_work(GuestCluster first, GuestCluster last, HostCluster end);
     bool table_moves_with(GuestCluster c, const std::vector<Mapping> &mappings, GuestCluster first, HostCluster end);
+    Moved relocate_on_full_disk(GuestCluster c, HostCluster source, const Allocator::Extent &destination, bool *used);
     void commit_if_much(std::uint64_t moved);
     void measure();
 
