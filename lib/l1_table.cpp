@@ -67,7 +67,7 @@ std::vector<L1Table::DirtyRun> L1Table::take_dirty() {
         dirty_[sector] = false;
         const std::uint64_t first = sector * sector_words, end = std::min(first + sector_words, size_);
         if (runs.empty() || runs.back().first_sector + divide_up(runs.back().words.size(), sector_words) != sector)
-            runs.push_back({sector, home_ + first * 8, {}});
+            runs.push_back({sector, home() + first * 8, {}});
         for (std::uint64_t i = first; i < end; ++i)
             runs.back().words.push_back(big_endian(entries_[i].load(std::memory_order_acquire)));
     }

@@ -54,8 +54,8 @@ class L1Table {
     std::vector<DirtyRun> take_dirty();
     void put_back(const std::vector<DirtyRun> &runs);
     bool dirty() const { return dirty_count_.load(std::memory_order_acquire) != 0; }
-    HostOffset home() const { return home_; }
-    void set_home(HostOffset home) { home_ = home; }
+    HostOffset home() const { return home_.load(std::memory_order_acquire); }
+    void set_home(HostOffset home) { home_.store(home, std::memory_order_release); }
 
   private:
     static constexpr std::uint64_t sector_words = 64; // 512 bytes: what a disk writes whole
@@ -69,7 +69,7 @@ class L1Table {
     std::uint64_t size_;
     std::unique_ptr<std::atomic<std::uint64_t>[]> entries_; // host byte order
     std::unique_ptr<PaddedLock[]> locks_;
-    HostOffset home_;
+    std::atomic<HostOffset> home_; // changed by the leader
 
     mutable std::mutex mutex_; // protects dirty_ and new_
     std::vector<bool> dirty_;  // per sector

@@ -40,7 +40,7 @@ void Refcounts::read_block(std::uint64_t region, const std::function<void(std::u
     std::vector<std::byte> bytes(geometry_.cluster_size());
     {
         const std::shared_lock guard(home_lock_);
-        file_.read(bytes, block(region));
+        file_.read(bytes, HostOffset{table_.at(region)});
     }
     const RefcountView view(bytes, geometry_.refcount_order());
     for (std::size_t i = 0; i < view.size(); ++i)
@@ -141,6 +141,16 @@ void Refcounts::write_dirty() {
     }
     if (slices_.size() > max_clean_slices)
         slices_.clear(); // all clean now, and the host's page cache still has them
+}
+
+HostOffset Refcounts::home() const {
+    const std::shared_lock guard(home_lock_);
+    return home_;
+}
+
+std::uint64_t Refcounts::table_entries() const {
+    const std::shared_lock guard(home_lock_);
+    return table_.size();
 }
 
 std::vector<std::pair<std::uint64_t, HostCluster>> Refcounts::blocks() const {

@@ -34,6 +34,12 @@ class Refcounts {
     /// The counts of region r as they are in the file, one by one to `each(index, count)`. Any thread.
     void read_block(std::uint64_t region, const std::function<void(std::uint64_t, std::uint64_t)> &each);
 
+    /// The table: where it is, how long; the blocks it points to, by region. Any thread.
+    HostOffset home() const;
+    std::uint64_t table_entries() const;
+    std::uint64_t table_clusters() const { return geometry_.clusters_for(table_entries() * 8); }
+    std::vector<std::pair<std::uint64_t, HostCluster>> blocks() const;
+
     // For the commit leader.
     std::uint64_t get(HostCluster c);
     /// Adds one to each cluster of the run. Throws Error on overflow, with nothing changed.
@@ -45,11 +51,6 @@ class Refcounts {
     /// Writes every changed slice to the file; not synced.
     void write_dirty();
 
-    HostOffset home() const { return home_; }
-    std::uint64_t table_entries() const { return table_.size(); }
-    std::uint64_t table_clusters() const { return geometry_.clusters_for(table_.size() * 8); }
-    HostOffset block(std::uint64_t region) const { return region < table_.size() ? HostOffset{table_[region]} : HostOffset{}; }
-    std::vector<std::pair<std::uint64_t, HostCluster>> blocks() const;
     /// The words of the table, big-endian, from entry `first`.
     std::vector<std::uint64_t> table_words(std::uint64_t first, std::uint64_t count) const;
 
