@@ -19,8 +19,14 @@ constexpr std::uint64_t max_retired_bytes = 32 * 1024 * 1024;
 Allocator::Allocator(const Geometry &geometry, File &file, Refcounts &refcounts, std::uint64_t end,
                      std::function<std::vector<HostRun>()> metadata)
     : geometry_(geometry), file_(file), refcounts_(refcounts), metadata_(std::move(metadata)), end_(end) {
+    resize_maps(end);
+}
+
+void Allocator::resize_maps(std::uint64_t end) {
+    end_ = end;
     free_.resize(end);
     zero_.resize(end);
+    reserved_.resize(end);
     loaded_.resize(regions());
 }
 
@@ -36,7 +42,17 @@ Allocator::Reservation::~Reservation() {
     std::vector<HostRun> runs;
     for (const Extent &e : extents_)
         append_run(runs, e.run);
+    publish();
     allocator_->retire(runs);
+}
+
+void Allocator::Reservation::publish() {
+    if (extents_.empty())
+        return;
+    const std::lock_guard guard(allocator_->mutex_);
+    for (const Extent &e : extents_)
+        allocator_->no_longer_reserved(e.run);
+    extents_.clear();
 }
 
 std::uint64_t Allocator::Reservation::count() const {
@@ -49,6 +65,10 @@ std::uint64_t Allocator::Reservation::count() const {
 Allocator::Extent Allocator::Reservation::take_first() {
     Extent &front = extents_.front();
     const Extent first{{front.run.first, 1}, front.zero};
+    {
+        const std::lock_guard guard(allocator_->mutex_);
+        allocator_->no_longer_reserved(first.run);
+    }
     ++front.run.first;
     if (--front.run.count == 0)
         extents_.erase(extents_.begin());
@@ -58,11 +78,17 @@ Allocator::Extent Allocator::Reservation::take_first() {
 // --- taking -------------------------------------------------------------------------------------------------------
 
 void Allocator::note(HostRun run) {
-    if (!watching_)
-        return;
-    if (watched_.size() < run.end().value)
-        watched_.resize(std::max(run.end().value, end()));
-    std::fill_n(watched_.begin() + static_cast<std::ptrdiff_t>(run.first.value), run.count, true);
+    for (Watch *watch : watches_) {
+        auto &touched = watch->touched_;
+        if (touched.size() < run.end().value)
+            touched.resize(std::max(run.end().value, end()));
+        std::fill_n(touched.begin() + static_cast<std::ptrdiff_t>(run.first.value), run.count, true);
+    }
+}
+
+void Allocator::no_longer_reserved(HostRun run) {
+    for (std::uint64_t i = 0; i < run.count; ++i)
+        reserved_.clear((run.first + i).value);
 }
 
 void Allocator::take(std::uint64_t c, std::vector<Extent> &extents) {
@@ -70,6 +96,7 @@ void Allocator::take(std::uint64_t c, std::vector<Extent> &extents) {
     const bool zero = zero_.get(c);
     zero_.clear(c);
     --free_count_;
+    reserved_.set(c);
     note({{c}, 1});
     if (!extents.empty() && extents.back().run.end().value == c && extents.back().zero == zero)
         ++extents.back().run.count;
@@ -79,8 +106,10 @@ void Allocator::take(std::uint64_t c, std::vector<Extent> &extents) {
 
 void Allocator::untake(std::vector<Extent> &extents) {
     for (const Extent &e : extents)
-        for (std::uint64_t i = 0; i < e.run.count; ++i)
+        for (std::uint64_t i = 0; i < e.run.count; ++i) {
+            no_longer_reserved({e.run.first + i, 1});
             add_free((e.run.first + i).value, e.zero);
+        }
     extents.clear();
 }
 
@@ -248,11 +277,8 @@ bool Allocator::grow(std::uint64_t count) {
     const std::uint64_t new_end = std::min(old_end + step, covered);
     file_.truncate(geometry_.bytes(new_end));
     const std::lock_guard guard(mutex_);
-    free_.resize(new_end);
-    zero_.resize(new_end);
-    end_ = new_end;
+    resize_maps(new_end);
     const std::uint64_t first_region = old_end / refcounts_.region_clusters();
-    loaded_.resize(regions());
     // A region that begins at or beyond the old end has nothing in it but what is handed out from here on.
     for (std::uint64_t r = first_region; r < loaded_.size(); ++r)
         if (r * refcounts_.region_clusters() >= old_end)
@@ -269,10 +295,7 @@ void Allocator::claim_beyond(HostCluster first, std::uint64_t count) {
     const std::uint64_t new_end = std::max(old_end, first.value + count);
     file_.truncate(geometry_.bytes(new_end));
     const std::lock_guard guard(mutex_);
-    free_.resize(new_end);
-    zero_.resize(new_end);
-    end_ = new_end;
-    loaded_.resize(regions());
+    resize_maps(new_end);
     for (std::uint64_t r = old_end / refcounts_.region_clusters(); r < loaded_.size(); ++r)
         if (r * refcounts_.region_clusters() >= old_end)
             loaded_[r] = true;
@@ -487,10 +510,7 @@ bool Allocator::truncate_step(std::uint64_t max_bytes, HostCluster floor) {
             return false;
         // Withdrawn: nobody is given a cluster at or beyond new_end until the file has been extended again, and
         // extending waits for length_mutex_.
-        end_ = new_end;
-        free_.resize(end_);
-        zero_.resize(end_);
-        loaded_.resize(regions());
+        resize_maps(new_end);
         next_unloaded_ = std::min<std::uint64_t>(next_unloaded_, loaded_.size());
         lowest_ = std::min(lowest_, end());
     }
@@ -500,21 +520,22 @@ bool Allocator::truncate_step(std::uint64_t max_bytes, HostCluster floor) {
 
 // --- watching -----------------------------------------------------------------------------------------------------
 
-void Allocator::start_watching() {
-    const std::lock_guard guard(mutex_);
-    watching_ = true;
-    watched_.assign(end_, false);
+Allocator::Watch::Watch(Allocator &allocator) : allocator_(allocator) {
+    const std::lock_guard guard(allocator_.mutex_);
+    touched_.resize(allocator_.end());
+    for (std::uint64_t c = 0; c < touched_.size(); ++c)
+        touched_[c] = allocator_.reserved_.get(c);
+    allocator_.watches_.push_back(this);
 }
 
-std::vector<bool> Allocator::watched() const {
-    const std::lock_guard guard(mutex_);
-    return watched_;
+Allocator::Watch::~Watch() {
+    const std::lock_guard guard(allocator_.mutex_);
+    std::erase(allocator_.watches_, this);
 }
 
-void Allocator::stop_watching() {
-    const std::lock_guard guard(mutex_);
-    watching_ = false;
-    watched_.clear();
+std::vector<bool> Allocator::Watch::touched() const {
+    const std::lock_guard guard(allocator_.mutex_);
+    return touched_;
 }
 
 } // namespace qlean

@@ -49,7 +49,7 @@ class Allocator {
         std::uint64_t count() const;
         const std::vector<Extent> &extents() const { return extents_; }
         /// The entries that point here are stored: the clusters belong to the image now.
-        void publish() { extents_.clear(); }
+        void publish();
         /// Takes the first cluster out, as published.
         Extent take_first();
 
@@ -119,11 +119,22 @@ class Allocator {
     /// Neither reuse nor give anything back from now on.
     void poison() { poisoned_.store(true, std::memory_order_release); }
 
-    /// Records every cluster that is taken or retired from now on, until stop_watching().
-    void start_watching();
-    /// What was recorded so far, as a bitmap by host cluster.
-    std::vector<bool> watched() const;
-    void stop_watching();
+    /// Records every cluster that is reserved when it begins, and that is taken or retired while it lives: what a walk
+    /// of the image beside the guest cannot judge. Any number at once.
+    class Watch {
+      public:
+        explicit Watch(Allocator &allocator);
+        ~Watch();
+        Watch(const Watch &) = delete;
+        Watch &operator=(const Watch &) = delete;
+        /// What was recorded so far, by host cluster.
+        std::vector<bool> touched() const;
+
+      private:
+        friend class Allocator;
+        Allocator &allocator_;
+        std::vector<bool> touched_; // protected by the allocator's mutex
+    };
 
   private:
     class Bits {
@@ -146,6 +157,8 @@ class Allocator {
     void untake(std::vector<Extent> &extents);
     void add_free(std::uint64_t c, bool zero);
     void note(HostRun run);
+    void no_longer_reserved(HostRun run);
+    void resize_maps(std::uint64_t end);
     bool worth_a_commit() const;
     std::optional<std::uint64_t> unloaded_region() const;
 
@@ -164,6 +177,7 @@ class Allocator {
     mutable std::mutex mutex_;
     std::atomic<std::uint64_t> end_; // changes under mutex_ and length_mutex_
     Bits free_, zero_; // by cluster, below end_
+    Bits reserved_;    // taken and not published yet
     std::vector<bool> loaded_;
     std::uint64_t next_unloaded_ = 0;
     std::uint64_t lowest_ = 0; // no free cluster below
@@ -174,8 +188,7 @@ class Allocator {
     std::uint64_t queued_ = 0;
     std::vector<bool> known_metadata_;
     HostRun embargo_{};
-    bool watching_ = false;
-    std::vector<bool> watched_;
+    std::vector<Watch *> watches_;
     std::atomic<bool> poisoned_{false};
 };
 

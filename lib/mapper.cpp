@@ -66,8 +66,8 @@ bool Mapper::ensure_table(GuestCluster c, Allocator::Growth growth) {
     // A commit must not run out of space: without it nothing could ever be given back.
     const HostOffset at = geometry_.offset_of(home.extents().front().run.first);
     file_.reserve_space(at, geometry_.cluster_size());
-    home.publish();
     l1_.link_new(i, at);
+    home.publish();
     return true;
 }
 

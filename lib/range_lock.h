@@ -23,9 +23,6 @@ class RangeLock {
 
     explicit RangeLock(const Geometry &geometry);
 
-    /// Waits until everybody who holds a range now has let go of it. Nobody is kept out.
-    void drain();
-
     /// Guest bytes [at, at + length), length > 0.
     class [[nodiscard]] Shared;
     class [[nodiscard]] Exclusive;

@@ -41,14 +41,32 @@ void Compact::prepare() {
     const std::lock_guard guard(mutex_);
     if (prepared_)
         return;
-    Survey survey = verify_image(state_);
+    auto watch = std::make_unique<Allocator::Watch>(state_.allocator);
+    Survey survey = verify_image(state_, *watch);
     leaked_ = std::move(survey.leaked);
     pinned_ = cluster_count(survey.pinned);
     gauges_.pinned = static_cast<std::int64_t>(pinned_);
     empty_tables_ = {survey.empty_tables.begin(), survey.empty_tables.end()};
+    if (!leaked_.empty())
+        watch_ = std::move(watch);
     state_.allocator.load_all();
     measure();
     prepared_ = true;
+}
+
+/// The leaks that are still what the walk found: another connection may have given them back meanwhile, and the guest
+/// may be using them. With mutex_ held, as the owner.
+void Compact::retire_leaked() {
+    if (!watch_)
+        return;
+    std::vector<HostRun> still;
+    const auto touched = watch_->touched();
+    for (const HostRun &run : std::exchange(leaked_, {}))
+        for (std::uint64_t i = 0; i < run.count; ++i)
+            if (const HostCluster c = run.first + i; c.value >= touched.size() || !touched[c.value])
+                append_run(still, {c, 1});
+    state_.allocator.retire(still);
+    watch_.reset();
 }
 
 /// With mutex_ held.
@@ -230,16 +248,14 @@ void Compact::commit(const StopCheck &stop) {
     moved_since_commit_ = 0;
     const std::uint64_t end_before = state_.allocator.end();
 
-    std::vector<HostRun> leaked;
     std::set<std::uint64_t> empty;
     Layout layout;
     {
         const std::lock_guard guard(mutex_);
-        leaked = std::exchange(leaked_, {});
+        retire_leaked();
         empty = std::exchange(empty_tables_, {});
         layout = layout_;
     }
-    state_.allocator.retire(leaked);
     image_.give_back();
     require_going(stop);
 

@@ -39,6 +39,7 @@ class Compact final : public Maintenance {
     Moved relocate_on_full_disk(GuestCluster c, HostCluster source, const Allocator::Extent &destination, bool *used);
     void commit_if_much(std::uint64_t moved);
     void measure();
+    void retire_leaked();
 
     Image &image_;
     State &state_;
@@ -51,6 +52,7 @@ class Compact final : public Maintenance {
     bool prepared_ = false;
     Layout layout_;
     std::vector<HostRun> leaked_;
+    std::unique_ptr<Allocator::Watch> watch_; // what happened to leaked_ since it was found
     std::set<std::uint64_t> empty_tables_;
     std::uint64_t pinned_ = 0;
 

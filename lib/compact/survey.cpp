@@ -99,18 +99,11 @@ Survey survey_image(State &state) {
         state, [](HostCluster) {}, [](GuestCluster) {});
 }
 
-Survey verify_image(State &state) {
-    // What is taken or retired while this looks is left out of the comparison; what was taken before is in the
-    // tables once its writer has let go of its range, and in the refcounts once that is committed.
-    struct Watch {
-        explicit Watch(Allocator &a) : allocator(a) { allocator.start_watching(); }
-        ~Watch() { allocator.stop_watching(); }
-        Allocator &allocator;
-    } watch(state.allocator);
-    if (!state.read_only) {
-        state.ranges.drain();
+Survey verify_image(State &state, const Allocator::Watch &watch) {
+    // What was reserved when the watch began, or is taken or retired since, is left out of the comparison. All else
+    // was published before, and this commit brings its refcount to the file, or was retired, and this lowers it.
+    if (!state.read_only)
         state.write_back.commit(WriteBack::Give::back);
-    }
 
     References references;
     std::vector<GuestCluster> damaged;
@@ -142,7 +135,7 @@ Survey verify_image(State &state) {
         if (references.has(c))
             uncounted.push_back(c);
 
-    const auto changed = state.allocator.watched();
+    const auto changed = watch.touched();
     const auto is_changed = [&](std::uint64_t c) { return c < changed.size() && changed[c]; };
     const auto &name = state.file.name();
     const auto refuse = [&](const std::string &what) {

@@ -27,8 +27,9 @@ struct Survey {
 /// Counts, without comparing anything.
 Survey survey_image(State &state);
 /// Counts and compares with the refcounts. Throws Error (bad_image) if a cluster has fewer refcounts than referrers, or
-/// is referred to where it must not be. The guest may go on meanwhile. No lock held.
-Survey verify_image(State &state);
+/// is referred to where it must not be. The guest may go on meanwhile. `watch` was begun just now, and must live until
+/// what is found is acted upon: what it has touched by then is not what it was. No lock held.
+Survey verify_image(State &state, const Allocator::Watch &watch);
 
 /// Numbers for the status page, kept by whoever knows them. Bytes, or -1 while unknown.
 struct Gauges {

@@ -125,8 +125,15 @@ void child(const char *path, std::uint64_t seed, unsigned threads) {
             });
         MoveOwnership ownership;
         Gauges gauges;
+        std::unique_ptr<Compact> idle; // has a plan, and acts on it much later: what it found may have changed
         for (std::uint64_t connection = 1;; ++connection) {
             std::unique_ptr<Maintenance> op;
+            if (connection % 5 == 1) {
+                if (idle)
+                    idle->commit([] { return false; });
+                idle = std::make_unique<Compact>(*image, ownership, gauges, 1000000 + connection);
+                idle->plan({0}, image->size(), 1);
+            }
             if (connection % 4 == 0)
                 op = std::make_unique<ZeroScan>(*image, gauges);
             else

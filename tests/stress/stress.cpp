@@ -176,8 +176,15 @@ int main(int argc, char **argv) try {
     running.emplace_back([&] {
         try {
             std::mt19937_64 random(seed);
+            std::unique_ptr<Compact> idle; // has a plan, and acts on it much later: what it found may have changed
             while (maintenance != "none" && std::chrono::steady_clock::now() < until) {
                 std::unique_ptr<Maintenance> op;
+                if (random() % 4 == 0) {
+                    if (idle)
+                        idle->commit(go_on);
+                    idle = std::make_unique<Compact>(*image, ownership, gauges, ++connection);
+                    idle->plan({0}, image->size(), 1);
+                }
                 if (maintenance == "zeroes" || (maintenance == "all" && random() % 4 == 0))
                     op = std::make_unique<ZeroScan>(*image, gauges);
                 else
