@@ -128,6 +128,8 @@ class Connection:
                     self.flush()
                 self.random.choice(verbs)()
                 self.requests += 1
+                if self.requests == 1 and self.options.started:
+                    open(self.options.started, "a", encoding="utf-8").close()
                 if self.options.pause:
                     time.sleep(self.options.pause)
             self.flush()
@@ -153,6 +155,7 @@ def main():
     p.add_argument("--seconds", type=float, default=600)
     p.add_argument("--requests", type=int, default=1 << 60, help="of each connection")
     p.add_argument("--until", help="stop when this file exists")
+    p.add_argument("--started", help="make this file after the first request")
     p.add_argument("--kills", help="file whose size counts the kills, see kills()")
     p.add_argument("--connections", type=int, default=1)
     p.add_argument("--largest", type=int, default=1 << 20, help="bytes of one request")

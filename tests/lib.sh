@@ -203,11 +203,14 @@ compact() { "$QLEAN" compact "$SOCK" >>"$W/qlean.log" 2>&1 || fail "qlean compac
 # guest ARGUMENTS: random guest I/O checked against a raw model (guest_io.py)
 guest() { "$PYTHON" "$TESTS/guest_io.py" --uri "$URI" "$@"; }
 
-# guest_beside ARGUMENTS: such a guest in the background, until guest_end; it must not have ended or failed by then
+# guest_beside ARGUMENTS: such a guest in the background, at work when this returns, until guest_end; it must not have
+# ended or failed by then
 guest_beside() {
-    rm -f "$W/guest-stop"
-    run_pid "$W/guest.log" "$PYTHON" "$TESTS/guest_io.py" --uri "$URI" --until "$W/guest-stop" "$@"
+    rm -f "$W/guest-stop" "$W/guest-started"
+    run_pid "$W/guest.log" "$PYTHON" "$TESTS/guest_io.py" --uri "$URI" --until "$W/guest-stop" \
+        --started "$W/guest-started" "$@"
     GUEST=$PID
+    eventually 20 test -e "$W/guest-started" || fail "the guest does not start: $(tail -n 3 "$W/guest.log")"
 }
 
 guest_end() {

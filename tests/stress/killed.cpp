@@ -108,6 +108,7 @@ void child(const char *path, std::uint64_t seed, unsigned threads) {
     const auto fail = [](const char *where, const std::exception &e) {
         std::fprintf(stderr, "FAILED: %s: %s\n", where, e.what());
         shared->failed = true;
+        ::_exit(1);
     };
     try {
         Image::Options options;
@@ -125,32 +126,34 @@ void child(const char *path, std::uint64_t seed, unsigned threads) {
             });
         MoveOwnership ownership;
         Gauges gauges;
-        std::unique_ptr<Compact> idle; // has a plan, and acts on it much later: what it found may have changed
-        for (std::uint64_t connection = 1;; ++connection) {
-            std::unique_ptr<Maintenance> op;
-            if (connection % 5 == 1) {
-                if (idle)
-                    idle->commit([] { return false; });
-                idle = std::make_unique<Compact>(*image, ownership, gauges, 1000000 + connection);
-                idle->plan({0}, image->size(), 1);
+        try {
+            std::unique_ptr<Compact> idle; // has a plan, and acts on it much later: what it found may have changed
+            for (std::uint64_t connection = 1;; ++connection) {
+                std::unique_ptr<Maintenance> op;
+                if (connection % 5 == 1) {
+                    if (idle)
+                        idle->commit([] { return false; });
+                    idle = std::make_unique<Compact>(*image, ownership, gauges, 1000000 + connection);
+                    idle->plan({0}, image->size(), 1);
+                }
+                if (connection % 4 == 0)
+                    op = std::make_unique<ZeroScan>(*image, gauges);
+                else
+                    op = std::make_unique<Compact>(*image, ownership, gauges, connection);
+                for (int round = 0; round < 2; ++round) {
+                    for (const auto &p : op->plan({0}, image->size(), 100000))
+                        if (p.to_do)
+                            op->run(p.at, p.length, [] { return false; });
+                    op->commit([] { return false; });
+                }
+                ++shared->passes;
             }
-            if (connection % 4 == 0)
-                op = std::make_unique<ZeroScan>(*image, gauges);
-            else
-                op = std::make_unique<Compact>(*image, ownership, gauges, connection);
-            for (int round = 0; round < 2; ++round) {
-                for (const auto &p : op->plan({0}, image->size(), 100000))
-                    if (p.to_do)
-                        op->run(p.at, p.length, [] { return false; });
-                op->commit([] { return false; });
-            }
-            ++shared->passes;
+        } catch (const std::exception &e) {
+            fail("maintenance", e);
         }
     } catch (const std::exception &e) {
-        fail("maintenance", e);
+        fail("opening", e);
     }
-    for (;;)
-        ::pause();
 }
 
 /// What the byte at `offset` may be, besides `base`: any value of an operation that no finished flush covers.

@@ -56,7 +56,8 @@ class Guest {
         const std::uint64_t size = image_.size(), half = size / 2;
         const std::uint64_t cluster = image_.geometry().cluster_size();
         const bool large = pick(2);
-        const std::uint64_t slot = large ? std::max<std::uint64_t>(8 * cluster, 65536) : std::max<std::uint64_t>(cluster / 4, 512);
+        const std::uint64_t slot =
+            large ? std::max<std::uint64_t>(8 * cluster, 65536) : std::max<std::uint64_t>(cluster / 4, 512);
         const std::uint64_t base = large ? half : 0, end = large ? size : half;
         const std::uint64_t slots = divide_up(end - base, slot);
         const std::uint64_t mine = (slots + threads_ - 1 - id_) / threads_;
