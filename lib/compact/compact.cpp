@@ -260,30 +260,28 @@ void Compact::commit(const StopCheck &stop) {
     require_going(stop);
 
     if (layout.pending > 0 || !empty.empty()) {
+        struct EmbargoEnds {
+            Allocator &allocator;
+            ~EmbargoEnds() { allocator.embargo({}); }
+        } const embargo_ends{state_.allocator};
         if (const std::uint64_t wanted = adjacent_clusters_wanted(state_, layout)) {
             if (empty_window(state_, layout, wanted))
                 state_.write_back.commit(WriteBack::Give::back);
         }
-        try {
-            state_.write_back.lead([&] {
-                const std::uint64_t most = std::max<std::uint64_t>(step_bytes / g.cluster_size(), 1);
-                for (const std::uint64_t i : empty)
-                    drop_empty_table(state_, i);
-                std::uint64_t moved = 0;
-                for (std::uint64_t i = 0; i < state_.l1.size() && moved < most; ++i)
-                    moved += move_l2_table(state_, i, layout.end);
-                state_.write_back.commit_as_leader(WriteBack::Give::back);
-                drop_refcount_blocks(state_, layout);
-                move_l1_table(state_, layout);
-                move_refcount_table(state_, layout);
-                move_refcount_blocks(state_, layout, most);
-                state_.write_back.commit_as_leader(WriteBack::Give::back);
-            });
-        } catch (...) {
-            state_.allocator.embargo({});
-            throw;
-        }
-        state_.allocator.embargo({});
+        state_.write_back.lead([&] {
+            const std::uint64_t most = std::max<std::uint64_t>(step_bytes / g.cluster_size(), 1);
+            for (const std::uint64_t i : empty)
+                drop_empty_table(state_, i);
+            std::uint64_t moved = 0;
+            for (std::uint64_t i = 0; i < state_.l1.size() && moved < most; ++i)
+                moved += move_l2_table(state_, i, layout.end);
+            state_.write_back.commit_as_leader(WriteBack::Give::back);
+            drop_refcount_blocks(state_, layout);
+            move_l1_table(state_, layout);
+            move_refcount_table(state_, layout);
+            move_refcount_blocks(state_, layout, most);
+            state_.write_back.commit_as_leader(WriteBack::Give::back);
+        });
     }
     // The tail goes without being punched first; what is free below it is punched.
     while (state_.allocator.truncate_step(step_bytes, HostCluster{0}))

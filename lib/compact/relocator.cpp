@@ -9,7 +9,6 @@ namespace qlean {
 namespace {
 
 constexpr std::size_t host_block = 4096;
-constexpr int warming_attempts = 3;
 
 /// Writes a cluster; where the destination reads as zeroes already, holes stay holes.
 void write_cluster(File &file, std::span<const std::byte> bytes, HostOffset at, bool destination_is_zero) {
@@ -38,7 +37,8 @@ Moved relocate(State &state, GuestCluster c, HostCluster source, const Allocator
     std::vector<std::byte> bytes(g.cluster_size());
     const HostOffset from = g.offset_of(source), to = g.offset_of(destination.run.first);
     *used = false;
-    for (int attempt = 0; attempt < warming_attempts; ++attempt) {
+    for (bool warmed = false;; warmed = true) {
+        bool moved = false;
         Mapping before;
         state.mapper.resolve(c, std::span(&before, 1)); // brings the L2 slice into memory, before the lock
         if (!before.has_host() || before.host != source)
@@ -51,23 +51,26 @@ Moved relocate(State &state, GuestCluster c, HostCluster source, const Allocator
             state.mapper.resolve(c, std::span(&m, 1));
             if (!m.has_host() || m.host != source || !m.copied)
                 return Moved::gone;
-            if (m.kind == Mapping::Kind::zero_allocated || state.file.read_cached(bytes, from)) {
-                const bool copy = m.kind == Mapping::Kind::data;
+            const bool copy = m.kind == Mapping::Kind::data;
+            // Once warmed it is in memory, even where the host cannot promise that (RWF_NOWAIT on tmpfs).
+            if (copy && warmed)
+                state.file.read(bytes, from);
+            if (!copy || warmed || state.file.read_cached(bytes, from)) {
                 if (copy)
                     write_cluster(state.file, bytes, to, destination.zero);
                 Mapper::Editor editor(state.mapper, c, 1);
                 editor.set(c, copy ? entry::data(to) : entry::zero);
                 *used = copy;
+                moved = true;
             }
         }
-        if (*used || before.kind == Mapping::Kind::zero_allocated) {
+        if (moved) {
             state.allocator.retire({{source, 1}});
             return Moved::yes;
         }
         // Not in the host's memory: read it with nobody waiting, then try again.
         state.file.read(bytes, from);
     }
-    return Moved::contended;
 }
 
 } // namespace qlean
