@@ -311,7 +311,7 @@ void Allocator::load_region(std::uint64_t region) {
     const std::uint64_t first = region * refcounts_.region_clusters();
     {
         const std::lock_guard guard(mutex_);
-        if (region >= loaded_.size() || loaded_[region])
+        if (region >= loaded_.size() || loaded_[region] || !refcounts_.linked(region))
             return;
     }
     if (known_metadata_.empty()) {
@@ -493,6 +493,7 @@ bool Allocator::punch_step(std::uint64_t max_bytes) {
 bool Allocator::truncate_step(std::uint64_t max_bytes, HostCluster floor) {
     const std::lock_guard length_guard(length_mutex_);
     std::uint64_t new_end;
+    const std::uint64_t old_end = end();
     {
         const std::lock_guard guard(mutex_);
         if (poisoned_.load(std::memory_order_acquire))
@@ -514,7 +515,18 @@ bool Allocator::truncate_step(std::uint64_t max_bytes, HostCluster floor) {
         next_unloaded_ = std::min<std::uint64_t>(next_unloaded_, loaded_.size());
         lowest_ = std::min(lowest_, end());
     }
-    file_.truncate(geometry_.bytes(new_end));
+    try {
+        file_.truncate(geometry_.bytes(new_end));
+    } catch (...) {
+        // The file is as long as it was: what was withdrawn comes back, holding whatever it holds.
+        const std::lock_guard guard(mutex_);
+        resize_maps(old_end);
+        for (std::uint64_t r = new_end / refcounts_.region_clusters(); r < loaded_.size(); ++r)
+            loaded_[r] = true;
+        for (std::uint64_t c = new_end; c < old_end; ++c)
+            add_free(c, false);
+        throw;
+    }
     return true;
 }
 

@@ -153,20 +153,9 @@ void Image::prefetch(GuestOffset at, std::uint64_t length) {
 
 // --- writing ------------------------------------------------------------------------------------------------------
 
-/// What must be true before anything of the image changes. No lock held.
+/// No lock held.
 void Image::before_change() {
-    if (state_.read_only)
-        throw Error(Error::Kind::denied, EPERM, fmt::format("'{}' is served read-only", state_.file.name()));
-    state_.write_back.require_healthy();
-    std::call_once(first_change_, [&] {
-        // We do not keep up what these features describe; saying so must be durable before it becomes untrue.
-        if (state_.header.header().autoclear == 0)
-            return;
-        state_.write_back.lead([&] {
-            state_.header.update([](Header &h) { h.autoclear = 0; });
-            state_.write_back.sync_as_leader();
-        });
-    });
+    state_.write_back.before_change();
     // A guest that never flushes must not fill the memory: written back before any lock is taken.
     if (state_.l2.dirty_bytes() > state_.cache_bytes / 2)
         state_.write_back.commit(WriteBack::Give::later);
@@ -183,6 +172,7 @@ void Image::write(std::span<const std::byte> from, GuestOffset at) {
             std::min<std::uint64_t>({from.size(), data_chunk - at.value % data_chunk, table_end - at}));
         if (!write_in_place(piece, at)) {
             auto growth = Allocator::Growth::after_commit;
+            std::uint64_t covered = state_.allocator.covered_end();
             for (int commits = 0;;) {
                 bool full = false;
                 try {
@@ -192,6 +182,11 @@ void Image::write(std::span<const std::byte> from, GuestOffset at) {
                     if (error.kind() != Error::Kind::no_space || commits > 0)
                         throw;
                     full = true;
+                }
+                // Other writers may take what a commit made room for: only commits that gain nothing count.
+                if (const auto now = state_.allocator.covered_end(); now > covered) {
+                    covered = now;
+                    commits = 0;
                 }
                 if (++commits > max_commits_for_space)
                     throw Error(Error::Kind::no_space, ENOSPC,

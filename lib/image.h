@@ -92,7 +92,6 @@ class Image {
 
     std::unique_ptr<State> owner_;
     State &state_;
-    std::once_flag first_change_;
     std::function<void(const std::exception &)> report_;
 
     std::mutex house_mutex_;

@@ -38,6 +38,8 @@ HostOffset L2Cache::home(std::uint64_t key) const {
 }
 
 bool L2Cache::peek(std::uint64_t key, std::uint64_t first, std::span<std::uint64_t> out) {
+    if (key >= keys_)
+        return false; // beyond the disk: never cached, never changed
     Slice *slice = directory_[key].load(std::memory_order_acquire);
     if (slice == nullptr || slice->key.load(std::memory_order_acquire) != key)
         return false;

@@ -40,7 +40,8 @@ class L2Cache {
     /// lock, or accepts that they change under it.
     void read(GuestCluster first, std::span<std::uint64_t> out);
 
-    /// As read, but passing by the cache for what it does not hold: for walks over everything.
+    /// As read, but passing by the cache for what it does not hold: for walks over everything, which includes entries
+    /// beyond the end of the disk.
     void read_around(GuestCluster first, std::span<std::uint64_t> out);
 
     /// Keeps a slice in memory for changing its entries. The table must exist.

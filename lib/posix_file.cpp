@@ -103,7 +103,10 @@ void PosixFile::sync() {
 }
 
 void PosixFile::truncate(std::uint64_t length) {
-    if (::ftruncate(fd_, static_cast<off_t>(length)) == -1)
+    int result;
+    while ((result = ::ftruncate(fd_, static_cast<off_t>(length))) == -1 && errno == EINTR) {
+    }
+    if (result == -1)
         throw_io(errno, fmt::format("setting the length of '{}' to {} failed", path_, length));
 }
 

@@ -40,6 +40,8 @@ void Refcounts::read_block(std::uint64_t region, const std::function<void(std::u
     std::vector<std::byte> bytes(geometry_.cluster_size());
     {
         const std::shared_lock guard(home_lock_);
+        if (region >= table_.size() || table_[region] == 0)
+            return;
         file_.read(bytes, HostOffset{table_.at(region)});
     }
     const RefcountView view(bytes, geometry_.refcount_order());
@@ -99,15 +101,15 @@ void Refcounts::increment(HostRun run) {
 
 std::vector<HostRun> Refcounts::decrement(HostRun run) {
     for (std::uint64_t i = 0; i < run.count; ++i)
-        slice(run.first + i); // loads, so that what follows cannot fail half-way
+        get(run.first + i); // loads, so that what follows cannot fail half-way
     std::vector<HostRun> freed;
     for (std::uint64_t i = 0; i < run.count; ++i) {
         const HostCluster c = run.first + i;
-        Slice &s = slice(c);
-        RefcountView view(s.bytes, geometry_.refcount_order());
-        const std::uint64_t count = view.get(c.value % slice_counts());
+        const std::uint64_t count = get(c);
         if (count == 0)
             continue; // the image lied; the cluster stays out of use until the next open
+        Slice &s = slice(c);
+        RefcountView view(s.bytes, geometry_.refcount_order());
         view.set(c.value % slice_counts(), count - 1);
         mark_dirty(s);
         if (count == 1)

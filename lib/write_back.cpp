@@ -24,9 +24,9 @@ struct WriteBack::Round {
     bool published = false;
 };
 
-WriteBack::WriteBack(const Geometry &geometry, File &file, SyncLog &syncs, HeaderHome &header, L1Table &l1, L2Cache &l2,
-                     Refcounts &refcounts, Allocator &allocator)
-    : geometry_(geometry), file_(file), syncs_(syncs), header_(header), l1_(l1), l2_(l2), refcounts_(refcounts),
+WriteBack::WriteBack(const Geometry &geometry, bool read_only, File &file, SyncLog &syncs, HeaderHome &header,
+                     L1Table &l1, L2Cache &l2, Refcounts &refcounts, Allocator &allocator)
+    : geometry_(geometry), read_only_(read_only), file_(file), syncs_(syncs), header_(header), l1_(l1), l2_(l2), refcounts_(refcounts),
       allocator_(allocator) {}
 
 void WriteBack::require_healthy() const {
@@ -35,6 +35,20 @@ void WriteBack::require_healthy() const {
                     fmt::format("'{}': an earlier write could not be made durable, so nothing more is written; stop the "
                                 "server, check the host's storage, then start it again",
                                 file_.name()));
+}
+
+void WriteBack::before_change() {
+    if (read_only_)
+        throw Error(Error::Kind::denied, EPERM, fmt::format("'{}' is served read-only", file_.name()));
+    require_healthy();
+    std::call_once(first_change_, [&] {
+        if (header_.header().autoclear == 0)
+            return;
+        lead([&] {
+            header_.update([](Header &h) { h.autoclear = 0; });
+            sync();
+        });
+    });
 }
 
 bool WriteBack::anything_to_commit() const {

@@ -26,7 +26,7 @@ namespace qlean {
 
 class WriteBack {
   public:
-    WriteBack(const Geometry &geometry, File &file, SyncLog &syncs, HeaderHome &header, L1Table &l1, L2Cache &l2,
+    WriteBack(const Geometry &geometry, bool read_only, File &file, SyncLog &syncs, HeaderHome &header, L1Table &l1, L2Cache &l2,
               Refcounts &refcounts, Allocator &allocator);
 
     enum class Give { later, back };
@@ -48,6 +48,9 @@ class WriteBack {
     /// From within a task of lead(): links a refcount block for each of these regions, which lack one.
     void link_regions(const std::vector<std::uint64_t> &regions);
 
+    /// To be called before anything of the image changes, with no lock held. Throws Error if it may not change. The
+    /// first call makes durable that features which we do not keep up (autoclear bits) are no longer to be relied on.
+    void before_change();
     /// Throws Error if the image is poisoned.
     void require_healthy() const;
     bool poisoned() const { return poisoned_.load(std::memory_order_acquire); }
@@ -76,6 +79,8 @@ class WriteBack {
     void sync();
 
     Geometry geometry_;
+    const bool read_only_;
+    std::once_flag first_change_;
     File &file_;
     SyncLog &syncs_;
     HeaderHome &header_;

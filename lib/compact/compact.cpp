@@ -205,7 +205,7 @@ Moved Compact::relocate_on_full_disk(GuestCluster c, HostCluster source, const A
 
 void Compact::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) {
     const Geometry &g = state_.geometry;
-    state_.write_back.require_healthy();
+    state_.write_back.before_change();
     ownership_.claim(name_, connection_);
     const HostCluster end = ideal_end();
     const Work work = find_work(g.cluster_of(at), g.cluster_of(at + (length - 1)), end);
@@ -242,6 +242,7 @@ void Compact::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) {
 
 void Compact::commit(const StopCheck &stop) {
     const Geometry &g = state_.geometry;
+    state_.write_back.before_change();
     ownership_.claim(name_, connection_);
     prepare();
     const std::lock_guard commit_guard(commit_mutex_);

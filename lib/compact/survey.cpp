@@ -60,12 +60,8 @@ Survey walk(State &state, Reference &&reference, Damaged &&damaged) {
         if (table.value == 0)
             continue;
         metadata({g.cluster_of(table), 1});
-        const std::uint64_t first = i * g.l2_entries();
-        if (first >= g.guest_clusters()) {
-            // Beyond the disk; nothing of it is ever read, but it is there.
-            continue;
-        }
-        const std::uint64_t end = std::min(first + g.l2_entries(), g.guest_clusters());
+        // All of it: entries beyond the end of the disk (VM state, a disk that was shrunk) hold clusters too.
+        const std::uint64_t first = i * g.l2_entries(), end = first + g.l2_entries();
         bool empty = true;
         for (std::uint64_t at = first; at < end; at += batch) {
             mappings.resize(std::min(batch, end - at));

@@ -64,7 +64,7 @@ std::vector<Maintenance::Planned> ZeroScan::plan(GuestOffset at, std::uint64_t l
 
 void ZeroScan::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) {
     const Geometry &g = state_.geometry;
-    state_.write_back.require_healthy();
+    state_.write_back.before_change();
     const GuestCluster last = g.cluster_of(at + (length - 1));
     std::vector<Mapping> mappings;
     for (GuestCluster c = g.cluster_of(at); c <= last;) {
