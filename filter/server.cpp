@@ -98,6 +98,10 @@ bool Server::is_default(const std::string &name) {
 std::uint32_t Server::learn_cluster_size(nbdkit_backend *backend, std::uint32_t preferred) const {
     if (cluster_size_ != 0)
         return cluster_size_;
+    // Below one granule there would be no pieces to add up, and no plugin means so small a block as what it frees.
+    if (Geometry::valid_cluster_size(preferred) && preferred > Geometry::largest_granule)
+        return preferred;
+    // Asked second: a status page may cost the plugin a walk of its tables.
     Peek status(backend, StatusExport::name);
     if (status.size() == static_cast<std::int64_t>(status_page_size)) {
         const auto page = status.read(status_page_size);
@@ -105,9 +109,6 @@ std::uint32_t Server::learn_cluster_size(nbdkit_backend *backend, std::uint32_t 
         if (size && Geometry::valid_cluster_size(*size))
             return static_cast<std::uint32_t>(*size);
     }
-    // Below one granule there would be no pieces to add up, and no plugin means so small a block as what it frees.
-    if (Geometry::valid_cluster_size(preferred) && preferred > Geometry::largest_granule)
-        return preferred;
     return usual_cluster_size;
 }
 

@@ -514,7 +514,8 @@ void Image::close() {
     if (state_.write_back.commits() == 0 && !state_.write_back.anything_to_commit())
         return state_.write_back.commit(WriteBack::Give::later);
     give_back();
-    while (state_.allocator.truncate_step(punch_step_bytes, HostCluster{0})) {
+    // Only what was grown since: below that, a refcount of zero is believed only after a complete walk.
+    while (state_.allocator.truncate_step(punch_step_bytes, HostCluster{state_.opened_end})) {
     }
     state_.write_back.lead([&] { state_.write_back.sync_as_leader(); });
 }

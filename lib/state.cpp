@@ -13,7 +13,7 @@ State::State(std::unique_ptr<File> file_, Header header_, std::vector<std::byte>
       refcounts(geometry, file, std::move(refcount_table), header_.refcount_table_offset),
       allocator(geometry, file, refcounts, end, [this] { return metadata_runs(); }),
       write_back(geometry, read_only, file, syncs, header, l1, l2, refcounts, allocator), ranges(geometry),
-      mapper(geometry, header_.version, file, l1, l2, allocator), cache_bytes(cache_bytes_) {}
+      mapper(geometry, header_.version, file, l1, l2, allocator), cache_bytes(cache_bytes_), opened_end(end) {}
 
 std::vector<HostRun> State::metadata_runs() const {
     std::vector<HostRun> runs{{{0}, 1}};

@@ -38,6 +38,7 @@ struct State {
     RangeLock ranges;
     Mapper mapper;
     const std::uint64_t cache_bytes;
+    const std::uint64_t opened_end; ///< clusters of the file when it was opened
 
     /// Header, L1, refcount table and blocks, L2 tables: in use, whatever their refcounts say.
     std::vector<HostRun> metadata_runs() const;

@@ -21,7 +21,6 @@ struct WriteBack::Round {
     std::vector<HostRun> retired;
     std::vector<L1Table::DirtyRun> l1;
     std::vector<L2Cache::Copy> l2;
-    bool published = false;
 };
 
 WriteBack::WriteBack(const Geometry &geometry, bool read_only, File &file, SyncLog &syncs, HeaderHome &header,
@@ -59,13 +58,27 @@ void WriteBack::sync() {
     try {
         syncs_.sync();
     } catch (...) {
-        if (!poisoned_.exchange(true)) {
-            allocator_.poison();
-            if (on_poison_)
-                on_poison_();
-        }
+        poison();
         throw;
     }
+}
+
+void WriteBack::poison() {
+    if (poisoned_.exchange(true))
+        return;
+    allocator_.poison();
+    if (on_poison_)
+        on_poison_();
+}
+
+void WriteBack::switch_as_leader(const std::function<void()> &switch_over) {
+    try {
+        switch_over();
+    } catch (...) {
+        poison();
+        throw;
+    }
+    sync();
 }
 
 void WriteBack::sync_as_leader() { sync(); }
@@ -149,14 +162,19 @@ void WriteBack::run(Give give) {
     round.l2 = l2_.take_dirty();
     try {
         write_first(round);
+        // New tables are durable as a whole from here on, even if what makes them reachable fails: what is stored in
+        // them next goes the way of every entry, after what it relies on.
+        std::erase_if(round.l2, [&](const L2Cache::Copy &copy) {
+            if (copy.whole_new_table)
+                l2_.done(copy);
+            return copy.whole_new_table;
+        });
         publish(round);
     } catch (...) {
-        if (!round.published) {
-            l1_.put_back(round.l1);
-            for (const auto &copy : round.l2)
-                l2_.failed(copy);
-            allocator_.put_back_retired(std::move(round.retired));
-        }
+        l1_.put_back(round.l1);
+        for (const auto &copy : round.l2)
+            l2_.failed(copy);
+        allocator_.put_back_retired(std::move(round.retired));
         throw;
     }
     for (const auto &copy : round.l2)
@@ -210,7 +228,7 @@ void WriteBack::write_table(const L2Cache::Copy &copy) {
 }
 
 /// Phase 1: all that the entries of phase 2 rely on. One sync covers it, and the guest's data with it.
-void WriteBack::write_first(Round &round) {
+void WriteBack::write_first(const Round &round) {
     apply_increments();
     // What an earlier round unlinked is lowered along the way; the sync that makes it durable has to happen anyway.
     lower_unlinked();
@@ -223,11 +241,9 @@ void WriteBack::write_first(Round &round) {
 }
 
 /// Phase 2: the entries.
-void WriteBack::publish(Round &round) {
+void WriteBack::publish(const Round &round) {
     bool wrote = false;
     for (const auto &copy : round.l2) {
-        if (copy.whole_new_table)
-            continue;
         if (!syncs_.is_durable(copy.needs))
             throw std::logic_error("an L2 entry would be published before what it points to is durable");
         write_table(copy);
@@ -239,7 +255,6 @@ void WriteBack::publish(Round &round) {
     }
     if (wrote)
         sync();
-    round.published = true;
 }
 
 // --- refcount structures that grow --------------------------------------------------------------------------------
@@ -291,14 +306,14 @@ void WriteBack::link_regions(const std::vector<std::uint64_t> &regions) {
     for (const HostCluster home : homes)
         file_.write(zeroes, geometry_.offset_of(home));
     sync();
-    // The blocks and their own refcounts are durable: now they may be reached. From here on a failure leaks them, for
-    // the table in the file may point at them already.
+    // The blocks and their own refcounts are durable: now they may be reached.
     blocks.publish();
-    for (std::size_t i = 0; i < regions.size(); ++i) {
-        const std::uint64_t word = big_endian(geometry_.offset_of(homes[i]).value);
-        file_.write(std::as_bytes(std::span(&word, 1)), refcounts_.home() + regions[i] * 8);
-    }
-    sync();
+    switch_as_leader([&] {
+        for (std::size_t i = 0; i < regions.size(); ++i) {
+            const std::uint64_t word = big_endian(geometry_.offset_of(homes[i]).value);
+            file_.write(std::as_bytes(std::span(&word, 1)), refcounts_.home() + regions[i] * 8);
+        }
+    });
     for (std::size_t i = 0; i < regions.size(); ++i)
         refcounts_.set_block(regions[i], geometry_.offset_of(homes[i]));
 }
@@ -345,15 +360,14 @@ void WriteBack::link_beyond(std::uint64_t first_region, std::uint64_t count) {
     }
     sync();
     const HostRun old_table{geometry_.cluster_of(refcounts_.home()), refcounts_.table_clusters()};
-    if (new_table_clusters != 0) {
+    switch_as_leader([&] {
+        if (new_table_clusters == 0)
+            return file_.write(std::as_bytes(std::span(entries)), refcounts_.home() + first_region * 8);
         header_.update([&](Header &h) {
             h.refcount_table_offset = new_home;
             h.refcount_table_clusters = static_cast<std::uint32_t>(new_table_clusters);
         });
-    } else {
-        file_.write(std::as_bytes(std::span(entries)), refcounts_.home() + first_region * 8);
-    }
-    sync();
+    });
     if (new_table_clusters != 0)
         refcounts_.set_table(new_home, table_entries);
     for (std::uint64_t b = 0; b < count; ++b)

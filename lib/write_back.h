@@ -41,6 +41,9 @@ class WriteBack {
     void commit_as_leader(Give give);
     /// A sync from within a task of lead(); poisons if it fails.
     void sync_as_leader();
+    /// From within a task of lead(): `switch_over` makes the file point at another home of a structure; durable when
+    /// this returns. If it fails, nobody knows which home counts, and so nothing more may be written: poisons.
+    void switch_as_leader(const std::function<void()> &switch_over);
     /// From within a task of lead(): writes all refcounts that changed; not synced.
     void write_refcounts_as_leader();
     /// The last region that should have a refcount block when the file ends at `end`, for a table of `table_clusters`.
@@ -67,8 +70,8 @@ class WriteBack {
 
     void run(Give give);
     void write_table(const L2Cache::Copy &copy);
-    void write_first(Round &round);
-    void publish(Round &round);
+    void write_first(const Round &round);
+    void publish(const Round &round);
     void lower_unlinked();
     void settle_lowered();
     void apply_increments();
@@ -77,6 +80,7 @@ class WriteBack {
     void link_ahead();
     void link_beyond(std::uint64_t first_region, std::uint64_t count);
     void sync();
+    void poison();
 
     Geometry geometry_;
     const bool read_only_;

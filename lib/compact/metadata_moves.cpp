@@ -69,6 +69,7 @@ void drop_empty_table(State &state, std::uint64_t i) {
 
 void drop_refcount_blocks(State &state, const Layout &layout) {
     std::vector<HostRun> dropped;
+    std::vector<std::uint64_t> regions;
     for (const auto &[region, cluster] : state.refcounts.blocks()) {
         if (region <= layout.last_region)
             continue;
@@ -82,12 +83,15 @@ void drop_refcount_blocks(State &state, const Layout &layout) {
         });
         if (!gone)
             continue;
-        write_table_entry(state, region, HostOffset{0});
+        regions.push_back(region);
         dropped.push_back({cluster, 1});
     }
     if (dropped.empty())
         return;
-    state.write_back.sync_as_leader();
+    state.write_back.switch_as_leader([&] {
+        for (const std::uint64_t region : regions)
+            write_table_entry(state, region, HostOffset{0});
+    });
     state.allocator.retire(dropped);
 }
 
@@ -119,10 +123,11 @@ void move_refcount_blocks(State &state, const Layout &layout, std::uint64_t most
     }
     state.write_back.sync_as_leader();
     for (auto &room : reserved)
-        room.publish(); // from here on a failure leaks: the table in the file may point there already
-    for (const Move &move : moves)
-        write_table_entry(state, move.region, g.offset_of(move.to));
-    state.write_back.sync_as_leader();
+        room.publish();
+    state.write_back.switch_as_leader([&] {
+        for (const Move &move : moves)
+            write_table_entry(state, move.region, g.offset_of(move.to));
+    });
     std::vector<HostRun> old;
     for (const Move &move : moves) {
         state.refcounts.set_block(move.region, g.offset_of(move.to));
@@ -149,11 +154,12 @@ void move_refcount_table(State &state, const Layout &layout) {
     state.write_back.sync_as_leader();
     room.publish();
     const HostRun old{g.cluster_of(state.refcounts.home()), now};
-    state.header.update([&](Header &h) {
-        h.refcount_table_offset = home;
-        h.refcount_table_clusters = static_cast<std::uint32_t>(layout.table_clusters);
+    state.write_back.switch_as_leader([&] {
+        state.header.update([&](Header &h) {
+            h.refcount_table_offset = home;
+            h.refcount_table_clusters = static_cast<std::uint32_t>(layout.table_clusters);
+        });
     });
-    state.write_back.sync_as_leader();
     state.refcounts.set_table(home, entries);
     state.allocator.retire({old});
 }
@@ -175,8 +181,7 @@ void move_l1_table(State &state, const Layout &layout) {
     state.write_back.sync_as_leader();
     room.publish();
     const HostRun old{g.cluster_of(state.l1.home()), count};
-    state.header.update([&](Header &h) { h.l1_offset = home; });
-    state.write_back.sync_as_leader();
+    state.write_back.switch_as_leader([&] { state.header.update([&](Header &h) { h.l1_offset = home; }); });
     state.l1.set_home(home);
     state.allocator.retire({old});
 }
