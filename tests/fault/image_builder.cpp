@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+#include "tests/fault/image_builder.h"
+
+#include "lib/byte_order.h"
+#include "lib/create.h"
+
+#include <set>
+
+namespace qlean::fault {
+
+namespace {
+
+constexpr std::uint64_t copied = std::uint64_t{1} << 63;
+
+} // namespace
+
+std::byte filled(std::uint64_t at) { return std::byte(1 + (at * 2654435761u >> 9) % 255); }
+
+ImagePlan &ImagePlan::map_all(std::uint64_t first, std::uint64_t stride) {
+    for (std::uint64_t c = 0; c < guest_clusters(); ++c)
+        data[c] = first + c * stride;
+    return *this;
+}
+
+std::uint64_t BuiltImage::word(std::uint64_t at) const { return load_be<std::uint64_t>(bytes, at); }
+void BuiltImage::set_word(std::uint64_t at, std::uint64_t value) { store_be(std::span(bytes), at, value); }
+std::uint64_t BuiltImage::refcount_at(std::uint64_t cluster, unsigned cluster_bits) const {
+    const std::uint64_t per_block = (std::uint64_t{1} << cluster_bits) / 2;
+    return refcount_blocks.at(cluster / per_block) + cluster % per_block * 2;
+}
+std::uint64_t BuiltImage::l2_entry_at(std::uint64_t guest_cluster, unsigned cluster_bits) const {
+    const std::uint64_t per_table = (std::uint64_t{1} << cluster_bits) / 8;
+    return l2_tables.at(guest_cluster / per_table) + guest_cluster % per_table * 8;
+}
+
+BuiltImage build_image(const ImagePlan &plan) {
+    const std::uint64_t cluster = std::uint64_t{1} << plan.cluster_bits, per_table = cluster / 8;
+    BuiltImage built;
+    std::set<std::uint64_t> used{0}, tables;
+    for (const auto &[guest, host] : plan.data) {
+        used.insert(host);
+        tables.insert(guest / per_table);
+    }
+    for (const std::uint64_t guest : plan.zero)
+        tables.insert(guest / per_table);
+    for (const std::uint64_t host : plan.leaked)
+        used.insert(host);
+
+    std::uint64_t next = plan.metadata_at != 0 ? plan.metadata_at : *used.rbegin() + 1;
+    const auto take = [&](std::uint64_t count) {
+        for (;; ++next) { // the first place from `next` on with room
+            std::uint64_t n = 0;
+            while (n < count && !used.contains(next + n))
+                ++n;
+            if (n == count)
+                break;
+        }
+        for (std::uint64_t n = 0; n < count; ++n)
+            used.insert(next + n);
+        next += count;
+        return (next - count) * cluster;
+    };
+    for (const std::uint64_t i : tables)
+        built.l2_tables[i] = take(1);
+    const std::uint64_t l1_entries = std::max<std::uint64_t>(divide_up(plan.guest_clusters(), per_table), 1);
+    built.l1 = take(divide_up(l1_entries * 8, cluster));
+    built.refcount_table = take(plan.table_clusters);
+    do
+        built.refcount_blocks.push_back(take(1));
+    while (built.refcount_blocks.size() * (cluster / 2) <= *used.rbegin());
+
+    built.bytes.resize((*used.rbegin() + 1) * cluster);
+    const std::span<std::byte> out = built.bytes;
+    Header header;
+    header.version = plan.version;
+    header.cluster_bits = plan.cluster_bits;
+    header.virtual_size = plan.virtual_size;
+    header.header_length = plan.version == 2 ? 72 : 104;
+    header.l1_size = static_cast<std::uint32_t>(l1_entries);
+    header.l1_offset = {built.l1};
+    header.refcount_table_offset = {built.refcount_table};
+    header.refcount_table_clusters = static_cast<std::uint32_t>(plan.table_clusters);
+    header.autoclear = plan.autoclear;
+    if (plan.unknown_extension != 0)
+        header.extensions.push_back({plan.unknown_extension, Bytes(16, std::byte{0x5a})});
+    const auto head = header.encode();
+    std::copy(head.begin(), head.end(), built.bytes.begin());
+    for (const auto &[i, at] : built.l2_tables)
+        store_be<std::uint64_t>(out, built.l1 + i * 8, at | copied);
+    for (const auto &[guest, host] : plan.data) {
+        built.set_word(built.l2_entry_at(guest, plan.cluster_bits), host * cluster | copied);
+        for (std::uint64_t i = 0; i < cluster; ++i)
+            built.bytes[host * cluster + i] = filled(guest * cluster + i);
+    }
+    for (const std::uint64_t guest : plan.zero) {
+        const std::uint64_t at = built.l2_entry_at(guest, plan.cluster_bits);
+        built.set_word(at, built.word(at) | 1);
+    }
+    for (std::size_t i = 0; i < built.refcount_blocks.size(); ++i)
+        built.set_word(built.refcount_table + i * 8, built.refcount_blocks[i]);
+    for (const std::uint64_t c : used)
+        store_be<std::uint16_t>(out, built.refcount_at(c, plan.cluster_bits), 1);
+    return built;
+}
+
+Bytes empty_image(std::uint64_t virtual_size, std::uint64_t cluster_size, unsigned version) {
+    const auto disk = std::make_shared<FaultyDisk>();
+    FaultyFile file(disk);
+    CreateOptions options;
+    options.virtual_size = virtual_size;
+    options.cluster_size = cluster_size;
+    options.version = version;
+    create_image(file, options);
+    return disk->bytes();
+}
+
+std::unique_ptr<Image> open_image(const std::shared_ptr<FaultyDisk> &disk, bool read_only, std::uint64_t cache_bytes) {
+    Image::Options options;
+    options.read_only = read_only;
+    options.cache_bytes = cache_bytes;
+    return Image::open(std::make_unique<FaultyFile>(disk), options);
+}
+
+Bytes read_some(Image &image, std::uint64_t at, std::uint64_t length) {
+    Bytes bytes(length);
+    image.read(bytes, {at});
+    return bytes;
+}
+
+Bytes read_all(Image &image) { return read_some(image, 0, image.size()); }
+
+Bytes bytes_of(std::uint64_t length, unsigned value) { return Bytes(length, std::byte(value)); }
+
+} // namespace qlean::fault

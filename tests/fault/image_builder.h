@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// Sound images of any layout, in memory: which guest cluster lies in which host cluster, and where the metadata is.
+// Also the one way in which the tests open images.
+#pragma once
+
+#include "lib/image.h"
+#include "tests/fault/faulty_file.h"
+
+#include <map>
+
+namespace qlean::fault {
+
+struct ImagePlan {
+    unsigned cluster_bits = 9;
+    unsigned version = 3;
+    std::uint64_t virtual_size = 256 * 1024;
+    /// Guest cluster -> host cluster. The bytes there are filled(guest offset).
+    std::map<std::uint64_t, std::uint64_t> data;
+    /// Guest clusters with the zero flag: without a host cluster, or (if also in `data`) keeping it.
+    std::vector<std::uint64_t> zero;
+    /// L2 tables, L1 table, refcount table and refcount blocks, in that order, from this host cluster on; 0: after the
+    /// data.
+    std::uint64_t metadata_at = 0;
+    /// Refcount table clusters, at least.
+    std::uint64_t table_clusters = 1;
+    /// Host clusters with a refcount and no referrer.
+    std::vector<std::uint64_t> leaked;
+    std::uint64_t autoclear = 0;
+    std::uint32_t unknown_extension = 0;
+
+    /// Every guest cluster, in order, from host cluster `first` on, `stride` apart.
+    ImagePlan &map_all(std::uint64_t first, std::uint64_t stride = 1);
+    std::uint64_t guest_clusters() const { return divide_up(virtual_size, std::uint64_t{1} << cluster_bits); }
+};
+
+struct BuiltImage {
+    Bytes bytes;
+    std::map<std::uint64_t, std::uint64_t> l2_tables; ///< L1 index -> host offset
+    std::uint64_t l1 = 0, refcount_table = 0;         ///< host offsets
+    std::vector<std::uint64_t> refcount_blocks;
+
+    std::uint64_t word(std::uint64_t at) const;
+    void set_word(std::uint64_t at, std::uint64_t value);
+    /// Where the 16-bit refcount of a host cluster is.
+    std::uint64_t refcount_at(std::uint64_t cluster, unsigned cluster_bits = 9) const;
+    std::uint64_t l2_entry_at(std::uint64_t guest_cluster, unsigned cluster_bits = 9) const;
+};
+BuiltImage build_image(const ImagePlan &plan);
+
+/// What build_image puts at guest offset `at`: never zero.
+std::byte filled(std::uint64_t at);
+
+/// An empty image, as create_image makes it.
+Bytes empty_image(std::uint64_t virtual_size, std::uint64_t cluster_size, unsigned version = 3);
+
+std::unique_ptr<Image> open_image(const std::shared_ptr<FaultyDisk> &disk, bool read_only = false,
+                                  std::uint64_t cache_bytes = 64 * 1024);
+Bytes read_all(Image &image);
+Bytes read_some(Image &image, std::uint64_t at, std::uint64_t length);
+/// `length` bytes of `value`.
+Bytes bytes_of(std::uint64_t length, unsigned value);
+
+} // namespace qlean::fault

@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+#include "tests/fault/image_judge.h"
+
+#include "lib/byte_order.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fmt/format.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+namespace qlean::fault {
+
+namespace {
+
+constexpr std::uint64_t copied = 1ull << 63, compressed = 1ull << 62, offset_mask = 0x00fffffffffffe00ull;
+constexpr std::size_t enough = 8; ///< complaints
+
+class Judge {
+  public:
+    explicit Judge(std::span<const std::byte> image) : image_(image) {}
+
+    Verdict judge() {
+        if (!read_header())
+            return verdict_;
+        references_.assign(divide_up(image_.size(), cluster_), 0);
+        refer(0, cluster_, "the header");
+        refer(l1_at_, l1_size_ * 8, "the L1 table");
+        refer(table_at_, table_clusters_ * cluster_, "the refcount table");
+        walk_refcounts();
+        walk_tables();
+        compare();
+        return verdict_;
+    }
+
+    Bytes guest() {
+        Bytes disk;
+        if (!read_header())
+            return disk;
+        disk.resize(round_up(virtual_size_, cluster_));
+        for (std::uint64_t c = 0; c * cluster_ < virtual_size_; ++c) {
+            const std::uint64_t table = be64(l1_at_ + c / (cluster_ / 8) * 8) & offset_mask;
+            const std::uint64_t word = table == 0 ? 0 : be64(table + c % (cluster_ / 8) * 8);
+            const std::uint64_t at = word & offset_mask;
+            if (at == 0 || word & 1 || at >= image_.size())
+                continue;
+            std::memcpy(disk.data() + c * cluster_, image_.data() + at, std::min(cluster_, image_.size() - at));
+        }
+        disk.resize(virtual_size_);
+        return disk;
+    }
+
+  private:
+    template <class... Args>
+    void blame(fmt::format_string<Args...> text, Args &&...args) {
+        if (verdict_.corruptions.size() < enough)
+            verdict_.corruptions.push_back(fmt::format(text, std::forward<Args>(args)...));
+    }
+    std::uint64_t be64(std::uint64_t at) const {
+        return at + 8 <= image_.size() ? load_be<std::uint64_t>(image_, at) : 0;
+    }
+
+    bool read_header() {
+        if (image_.size() < 104 || load_be<std::uint32_t>(image_, 0) != 0x514649fb) {
+            blame("no header");
+            return false;
+        }
+        const auto bits = load_be<std::uint32_t>(image_, 20);
+        version_ = load_be<std::uint32_t>(image_, 4);
+        if (bits < 9 || bits > 21 || (version_ != 2 && version_ != 3)) {
+            blame("an impossible header");
+            return false;
+        }
+        cluster_ = 1ull << bits;
+        virtual_size_ = load_be<std::uint64_t>(image_, 24);
+        l1_size_ = load_be<std::uint32_t>(image_, 36);
+        l1_at_ = load_be<std::uint64_t>(image_, 40);
+        table_at_ = load_be<std::uint64_t>(image_, 48);
+        table_clusters_ = load_be<std::uint32_t>(image_, 56);
+        order_ = version_ == 3 ? load_be<std::uint32_t>(image_, 96) : 4;
+        if (version_ == 3 && load_be<std::uint64_t>(image_, 72) & 3)
+            blame("the image is marked dirty or corrupt");
+        if (l1_at_ % cluster_ || table_at_ % cluster_ || l1_at_ + l1_size_ * 8 > image_.size() ||
+            table_at_ + table_clusters_ * cluster_ > round_up(image_.size(), cluster_) ||
+            l1_size_ < divide_up(divide_up(virtual_size_, cluster_), cluster_ / 8)) {
+            blame("the L1 table or the refcount table lies outside the file");
+            return false;
+        }
+        return true;
+    }
+
+    void refer(std::uint64_t at, std::uint64_t length, const std::string &who) {
+        if (at % cluster_ != 0)
+            return blame("{} is at {:#x}, not a cluster boundary", who, at);
+        for (std::uint64_t c = at / cluster_; c < divide_up(at + length, cluster_); ++c) {
+            if (c >= references_.size())
+                return blame("{} is in cluster {}, beyond the end of the file ({} clusters)", who, c,
+                             references_.size());
+            if (++references_[c] > 1)
+                blame("{} is in cluster {}, which something else uses as well", who, c);
+        }
+    }
+
+    void walk_refcounts() {
+        const std::uint64_t per_block = cluster_ * 8 >> order_;
+        for (std::uint64_t r = 0; r < table_clusters_ * cluster_ / 8; ++r) {
+            const std::uint64_t at = be64(table_at_ + r * 8);
+            if (at == 0)
+                continue;
+            refer(at, cluster_, fmt::format("refcount block {}", r));
+            if (at % cluster_ != 0 || at + cluster_ > round_up(image_.size(), cluster_))
+                continue;
+            counts_.resize((r + 1) * per_block);
+            for (std::uint64_t i = 0; i < per_block; ++i)
+                counts_[r * per_block + i] = count_at(at, i);
+        }
+    }
+
+    std::uint64_t count_at(std::uint64_t block, std::uint64_t i) const {
+        const std::uint64_t bit = i << order_, width = 1ull << order_;
+        std::uint64_t value = 0;
+        if (width < 8) {
+            const auto byte = std::to_integer<std::uint64_t>(image_[block + bit / 8]);
+            return byte >> bit % 8 & ((1u << width) - 1);
+        }
+        for (std::uint64_t b = 0; b < width / 8; ++b)
+            value = value << 8 | std::to_integer<std::uint64_t>(image_[block + bit / 8 + b]);
+        return value;
+    }
+    std::uint64_t count(std::uint64_t c) const { return c < counts_.size() ? counts_[c] : 0; }
+
+    void require_copied(std::uint64_t word, std::uint64_t at, const std::string &who) {
+        if (word & copied && count(at / cluster_) != 1)
+            blame("{} says COPIED, but the refcount of cluster {} is {}", who, at / cluster_, count(at / cluster_));
+    }
+
+    void walk_tables() {
+        for (std::uint64_t i = 0; i < l1_size_; ++i) {
+            const std::uint64_t l1 = be64(l1_at_ + i * 8), table = l1 & offset_mask;
+            if (l1 & ~(copied | offset_mask))
+                blame("L1 entry {} has reserved bits set", i);
+            if (table == 0)
+                continue;
+            refer(table, cluster_, fmt::format("L2 table {}", i));
+            require_copied(l1, table, fmt::format("L1 entry {}", i));
+            for (std::uint64_t n = 0; n < cluster_ / 8; ++n) {
+                const std::uint64_t word = be64(table + n * 8), at = word & offset_mask;
+                const std::uint64_t guest = (i * (cluster_ / 8) + n) * cluster_;
+                if (word & compressed || word & ~(copied | offset_mask | 1) || (word & 1 && version_ < 3)) {
+                    blame("the L2 entry of guest offset {:#x} is {:#x}", guest, word);
+                    continue;
+                }
+                if (at == 0)
+                    continue;
+                refer(at, cluster_, fmt::format("guest offset {:#x}", guest));
+                require_copied(word, at, fmt::format("the L2 entry of guest offset {:#x}", guest));
+            }
+        }
+    }
+
+    void compare() {
+        for (std::uint64_t c = 0; c < std::max(references_.size(), counts_.size()); ++c) {
+            const std::uint64_t uses = c < references_.size() ? references_[c] : 0;
+            if (count(c) < uses)
+                blame("cluster {} is used {} times, but its refcount is {}", c, uses, count(c));
+            verdict_.leaks += count(c) > uses;
+        }
+    }
+
+    std::span<const std::byte> image_;
+    Verdict verdict_;
+    std::uint64_t cluster_ = 0, virtual_size_ = 0, l1_size_ = 0, l1_at_ = 0, table_at_ = 0, table_clusters_ = 0;
+    unsigned version_ = 0, order_ = 0;
+    std::vector<std::uint64_t> references_, counts_;
+};
+
+} // namespace
+
+std::string Verdict::text() const {
+    std::string text;
+    for (const auto &line : corruptions)
+        text += line + "\n";
+    return text + fmt::format("{} leaked clusters", leaks);
+}
+
+Verdict judge(std::span<const std::byte> image) { return Judge(image).judge(); }
+
+Bytes guest_bytes(std::span<const std::byte> image) { return Judge(image).guest(); }
+
+QemuVerdict ask_qemu(std::span<const std::byte> image) {
+    QemuVerdict verdict;
+    const char *directory = std::getenv("TMPDIR");
+    std::string path = std::string(directory ? directory : "/tmp") + "/qlean-judge-XXXXXX";
+    const int fd = ::mkstemp(path.data());
+    if (fd == -1)
+        return verdict;
+    std::size_t done = 0;
+    while (done < image.size()) {
+        const ssize_t n = ::write(fd, image.data() + done, image.size() - done);
+        if (n <= 0)
+            break;
+        done += static_cast<std::size_t>(n);
+    }
+    ::close(fd);
+    const std::string command = "qemu-img check -f qcow2 '" + path + "' 2>&1";
+    if (done == image.size())
+        if (FILE *pipe = ::popen(command.c_str(), "r")) {
+            char line[512];
+            while (std::fgets(line, sizeof line, pipe))
+                verdict.output += line;
+            const int status = ::pclose(pipe);
+            verdict.status = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+            verdict.available = verdict.status != 127;
+        }
+    ::unlink(path.c_str());
+    return verdict;
+}
+
+} // namespace qlean::fault

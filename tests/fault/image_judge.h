@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// A judge of QCOW2 images in memory that shares no code with the engine but its big-endian loads: it walks the header,
+// the refcount structures and the L1 and L2 tables by the specification and says what 'qemu-img check' would call a
+// corruption. The one thing it allows that QEMU does not: refcount 1 with the COPIED flag clear, which is safe.
+#pragma once
+
+#include "tests/fault/faulty_file.h"
+
+namespace qlean::fault {
+
+struct Verdict {
+    std::vector<std::string> corruptions;
+    std::uint64_t leaks = 0; ///< clusters with more refcounts than referrers
+
+    bool sound() const { return corruptions.empty(); }
+    bool clean() const { return sound() && leaks == 0; }
+    std::string text() const;
+};
+
+/// Judges images without backing file, snapshots, compression.
+Verdict judge(std::span<const std::byte> image);
+
+/// The guest's disk as the image says it is, read without the engine.
+Bytes guest_bytes(std::span<const std::byte> image);
+
+/// What qemu-img says of the image.
+struct QemuVerdict {
+    bool available = false;
+    int status = 0; ///< 0 clean, 2 corruptions, 3 leaks only
+    std::string output;
+};
+QemuVerdict ask_qemu(std::span<const std::byte> image);
+
+} // namespace qlean::fault
