@@ -13,7 +13,8 @@
 
 namespace qlean {
 
-template <class Space> struct Address {
+template <class Space>
+struct Address {
     std::uint64_t value = 0;
 
     friend constexpr auto operator<=>(Address, Address) = default;

@@ -498,8 +498,8 @@ bool Allocator::truncate_step(std::uint64_t max_bytes, HostCluster floor) {
         const std::lock_guard guard(mutex_);
         if (poisoned_.load(std::memory_order_acquire))
             return false;
-        const std::uint64_t lowest_end =
-            std::max(floor.value, end() - std::min(end(), std::max<std::uint64_t>(max_bytes / geometry_.cluster_size(), 1)));
+        const std::uint64_t lowest_end = std::max(
+            floor.value, end() - std::min(end(), std::max<std::uint64_t>(max_bytes / geometry_.cluster_size(), 1)));
         new_end = end_;
         while (new_end > lowest_end && free_.get(new_end - 1)) {
             --new_end;

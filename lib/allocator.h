@@ -176,8 +176,8 @@ class Allocator {
     std::mutex load_mutex_;   // held while a region's free map is read; before mutex_
     mutable std::mutex mutex_;
     std::atomic<std::uint64_t> end_; // changes under mutex_ and length_mutex_
-    Bits free_, zero_; // by cluster, below end_
-    Bits reserved_;    // taken and not published yet
+    Bits free_, zero_;               // by cluster, below end_
+    Bits reserved_;                  // taken and not published yet
     std::vector<bool> loaded_;
     std::uint64_t next_unloaded_ = 0;
     std::uint64_t lowest_ = 0; // no free cluster below

@@ -10,9 +10,9 @@
 namespace qlean {
 
 struct CreateOptions {
-    std::uint64_t virtual_size = 0;  ///< bytes
+    std::uint64_t virtual_size = 0;     ///< bytes
     std::uint64_t cluster_size = 65536; ///< a power of two from 512 to 2 MiB
-    unsigned version = 3;            ///< 2 or 3
+    unsigned version = 3;               ///< 2 or 3
 };
 
 /// Writes an empty image into `file`, which is empty, and makes it durable. Throws Error if the options are impossible.

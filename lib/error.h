@@ -44,7 +44,8 @@ class Error : public std::system_error {
 }
 
 /// The image contradicts itself.
-template <class... Args> [[noreturn]] void throw_bad_image(fmt::format_string<Args...> text, Args &&...args) {
+template <class... Args>
+[[noreturn]] void throw_bad_image(fmt::format_string<Args...> text, Args &&...args) {
     throw Error(Error::Kind::bad_image, EIO, fmt::format(text, std::forward<Args>(args)...));
 }
 

@@ -89,9 +89,9 @@ Header Header::parse(std::span<const std::byte> bytes, const std::string &file) 
     Header h;
     h.version = load_be<std::uint32_t>(bytes, 4);
     if (h.version != 2 && h.version != 3)
-        throw Error(Error::Kind::unsupported, ENOTSUP,
-                    fmt::format("'{}' is a QCOW image of version {}; only versions 2 and 3 are supported", file,
-                                h.version));
+        throw Error(
+            Error::Kind::unsupported, ENOTSUP,
+            fmt::format("'{}' is a QCOW image of version {}; only versions 2 and 3 are supported", file, h.version));
     const auto backing_offset = load_be<std::uint64_t>(bytes, 8);
     const auto backing_size = load_be<std::uint32_t>(bytes, 16);
     h.cluster_bits = load_be<std::uint32_t>(bytes, 20);

@@ -18,10 +18,15 @@ class HeaderHome {
     HeaderHome(File &file, Header header, std::vector<std::byte> sector)
         : file_(file), header_(std::move(header)), sector_(std::move(sector)) {}
 
-    const Header &header() const { return header_; }
+    /// A copy: the leader may be changing it.
+    Header header() const {
+        const std::lock_guard guard(mutex_);
+        return header_;
+    }
 
     /// Applies `change` to the header and writes it; if writing fails, the header is as it was.
-    template <class F> void update(F &&change) {
+    template <class F>
+    void update(F &&change) {
         const std::lock_guard guard(mutex_);
         Header changed = header_;
         change(changed);
@@ -34,7 +39,7 @@ class HeaderHome {
 
   private:
     File &file_;
-    std::mutex mutex_;
+    mutable std::mutex mutex_;
     Header header_;
     std::vector<std::byte> sector_;
 };

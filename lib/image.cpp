@@ -19,11 +19,13 @@ constexpr std::uint64_t unmap_chunk_bytes = 32 * 1024 * 1024;
 constexpr std::uint64_t host_block = 4096;
 constexpr std::uint64_t punch_step_bytes = 32 * 1024 * 1024;
 constexpr std::uint64_t max_unreturned_bytes = 32 * 1024 * 1024;
+constexpr std::uint64_t min_dirty_bytes = 128 * 1024;
 constexpr auto commit_interval = std::chrono::seconds(5);
 constexpr int max_commits_for_space = 4;
 
 /// Calls f(first byte within the request, guest cluster, offset in cluster, bytes) for each cluster of a range.
-template <class F> void each_cluster(const Geometry &geometry, GuestOffset at, std::uint64_t length, F &&f) {
+template <class F>
+void each_cluster(const Geometry &geometry, GuestOffset at, std::uint64_t length, F &&f) {
     for (std::uint64_t done = 0; done < length;) {
         const std::uint64_t within = geometry.within(at + done);
         const std::uint64_t n = std::min(length - done, geometry.cluster_size() - within);
@@ -33,7 +35,8 @@ template <class F> void each_cluster(const Geometry &geometry, GuestOffset at, s
 }
 
 /// Bytes of memory for adjacent bytes of the file, joined as they are added, done when the next does not fit.
-template <class Byte, class Io> class Joined {
+template <class Byte, class Io>
+class Joined {
   public:
     explicit Joined(Io io) : io_(std::move(io)) {}
     void add(std::span<Byte> bytes, HostOffset at) {
@@ -84,13 +87,14 @@ void Image::read(std::span<std::byte> into, GuestOffset at) {
         state_.mapper.resolve(first, mappings);
         Joined<std::byte, std::function<void(std::span<std::byte>, HostOffset)>> reads(
             [&](std::span<std::byte> bytes, HostOffset from) { state_.file.read(bytes, from); });
-        each_cluster(g, at, piece.size(), [&](std::uint64_t done, GuestCluster c, std::uint64_t within, std::uint64_t n) {
-            const Mapping &mapping = mappings[c - first];
-            if (mapping.kind == Mapping::Kind::data)
-                reads.add(piece.subspan(done, n), g.offset_of(mapping.host) + within);
-            else
-                std::memset(piece.data() + done, 0, n);
-        });
+        each_cluster(g, at, piece.size(),
+                     [&](std::uint64_t done, GuestCluster c, std::uint64_t within, std::uint64_t n) {
+                         const Mapping &mapping = mappings[c - first];
+                         if (mapping.kind == Mapping::Kind::data)
+                             reads.add(piece.subspan(done, n), g.offset_of(mapping.host) + within);
+                         else
+                             std::memset(piece.data() + done, 0, n);
+                     });
         reads.finish();
         into = into.subspan(piece.size());
         at += piece.size();
@@ -157,7 +161,7 @@ void Image::prefetch(GuestOffset at, std::uint64_t length) {
 void Image::before_change() {
     state_.write_back.before_change();
     // A guest that never flushes must not fill the memory: written back before any lock is taken.
-    if (state_.l2.dirty_bytes() > state_.cache_bytes / 2)
+    if (state_.l2.dirty_bytes() > std::max(state_.cache_bytes / 2, min_dirty_bytes))
         state_.write_back.commit(WriteBack::Give::later);
     if (state_.allocator.retired_bytes() > max_unreturned_bytes)
         house_wakes_.notify_one();
@@ -168,15 +172,15 @@ void Image::write(std::span<const std::byte> from, GuestOffset at) {
     while (!from.empty()) {
         before_change();
         const GuestOffset table_end = g.offset_of(state_.mapper.table_end(g.cluster_of(at)));
-        const auto piece = from.first(
-            std::min<std::uint64_t>({from.size(), data_chunk - at.value % data_chunk, table_end - at}));
-        if (!write_in_place(piece, at)) {
+        const auto piece =
+            from.first(std::min<std::uint64_t>({from.size(), data_chunk - at.value % data_chunk, table_end - at}));
+        {
             auto growth = Allocator::Growth::after_commit;
             std::uint64_t covered = state_.allocator.covered_end();
             for (int commits = 0;;) {
                 bool full = false;
                 try {
-                    if (write_chunk(piece, at, growth) == Outcome::done)
+                    if (write_in_place(piece, at) || write_chunk(piece, at, growth) == Outcome::done)
                         break;
                 } catch (const Error &error) {
                     if (error.kind() != Error::Kind::no_space || commits > 0)
@@ -399,20 +403,26 @@ void Image::zero_keeping_space(GuestOffset at, std::uint64_t length, bool fast) 
     const Geometry &g = state_.geometry;
     const GuestCluster first = g.cluster_of(at);
     std::vector<Mapping> mappings((g.cluster_of(at + (length - 1)) - first) + 1);
-    const RangeLock::Exclusive guard(state_.ranges, at, length);
-    state_.mapper.resolve(first, mappings);
     std::vector<HostRun> runs;
-    for (const Mapping &m : mappings) {
-        if (m.kind != Mapping::Kind::data)
-            continue;
-        if (!m.copied)
-            throw Error(Error::Kind::unsupported, EIO,
-                        fmt::format("'{}': host cluster {} may be shared with a snapshot, which is not supported yet",
-                                    state_.file.name(), m.host.value));
-        append_run(runs, {m.host, 1});
+    bool unshared = true;
+    {
+        const RangeLock::Exclusive guard(state_.ranges, at, length);
+        state_.mapper.resolve(first, mappings);
+        for (const Mapping &m : mappings) {
+            if (m.kind != Mapping::Kind::data)
+                continue;
+            if (!m.copied) { // somebody else may own it too: let go of it instead of writing there
+                unshared = false;
+                break;
+            }
+            append_run(runs, {m.host, 1});
+        }
+        if (unshared)
+            for (const HostRun &run : runs)
+                zero_host(g.offset_of(run.first), g.bytes(run.count), Zero::keep_space, fast);
     }
-    for (const HostRun &run : runs)
-        zero_host(g.offset_of(run.first), g.bytes(run.count), Zero::keep_space, fast);
+    if (!unshared)
+        unmap_chunk(at, length);
 }
 
 void Image::zero_host(HostOffset at, std::uint64_t length, Zero how, bool fast) {
@@ -453,8 +463,13 @@ void Image::trim_edge(GuestOffset at, std::uint64_t length) {
     const RangeLock::Exclusive guard(state_.ranges, at, length);
     Mapping m;
     state_.mapper.resolve(g.cluster_of(at), std::span(&m, 1));
-    if (m.writable_in_place())
+    if (!m.writable_in_place())
+        return;
+    try {
         state_.file.punch(g.offset_of(m.host) + g.within(first), last - first);
+    } catch (const Error &) {
+        // A trim is a hint: what the host cannot give back stays as it is.
+    }
 }
 
 // --- durability and housekeeping ----------------------------------------------------------------------------------
@@ -479,9 +494,8 @@ void Image::keep_house() {
     std::unique_lock guard(house_mutex_);
     while (!house_stops_) {
         const auto deadline = std::chrono::steady_clock::now() + commit_interval;
-        house_wakes_.wait_until(guard, deadline, [&] {
-            return house_stops_ || state_.allocator.retired_bytes() > max_unreturned_bytes;
-        });
+        house_wakes_.wait_until(
+            guard, deadline, [&] { return house_stops_ || state_.allocator.retired_bytes() > max_unreturned_bytes; });
         if (house_stops_)
             return;
         guard.unlock();

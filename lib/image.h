@@ -85,7 +85,8 @@ class Image {
     void zero_edge(GuestOffset at, std::uint64_t length, Zero how, bool fast);
     void zero_host(HostOffset at, std::uint64_t length, Zero how, bool fast);
     /// Splits [at, at+length) into an unaligned head, whole clusters, and an unaligned tail.
-    template <class Edge, class Middle> void split(GuestOffset at, std::uint64_t length, Edge &&edge, Middle &&middle);
+    template <class Edge, class Middle>
+    void split(GuestOffset at, std::uint64_t length, Edge &&edge, Middle &&middle);
 
     void before_change();
     void keep_house();

@@ -17,7 +17,7 @@ namespace qlean {
 namespace {
 
 struct flock byte_lock(short type, off_t at) {
-    struct flock lock{};
+    struct flock lock {};
     lock.l_type = type;
     lock.l_whence = SEEK_SET;
     lock.l_start = at;
@@ -26,9 +26,10 @@ struct flock byte_lock(short type, off_t at) {
 }
 
 [[noreturn]] void throw_busy(const PosixFile &file) {
-    throw Error(Error::Kind::busy, EBUSY,
-                fmt::format("'{}' is in use by another process (QEMU, qemu-img or another server); close it there first",
-                            file.name()));
+    throw Error(
+        Error::Kind::busy, EBUSY,
+        fmt::format("'{}' is in use by another process (QEMU, qemu-img or another server); close it there first",
+                    file.name()));
 }
 
 void share(const PosixFile &file, off_t at) {
@@ -37,8 +38,8 @@ void share(const PosixFile &file, off_t at) {
         return;
     if (errno == EAGAIN || errno == EACCES)
         throw_busy(file);
-    throw_io(errno, fmt::format("cannot lock '{}' (its file system must support open file description locks)",
-                                file.name()));
+    throw_io(errno,
+             fmt::format("cannot lock '{}' (its file system must support open file description locks)", file.name()));
 }
 
 void require_free(const PosixFile &file, off_t at) {

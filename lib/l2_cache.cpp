@@ -24,8 +24,7 @@ L2Cache::L2Cache(const Geometry &geometry, File &file, const SyncLog &syncs, L1T
       shard_limit_(std::max<std::uint64_t>(limit / slice_bytes() / shard_count, 4)) {
     // Untouched pages of the directory cost nothing, so opening does not grow with the image.
     const std::size_t bytes = std::max<std::uint64_t>(keys_, 1) * sizeof(*directory_);
-    void *memory =
-        ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *memory = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED)
         throw_io(errno, fmt::format("no memory for the directory of {} L2 slices of '{}'", keys_, file.name()));
     directory_ = static_cast<std::atomic<Slice *> *>(memory);
@@ -41,12 +40,15 @@ bool L2Cache::peek(std::uint64_t key, std::uint64_t first, std::span<std::uint64
     if (key >= keys_)
         return false; // beyond the disk: never cached, never changed
     Slice *slice = directory_[key].load(std::memory_order_acquire);
-    if (slice == nullptr || slice->key.load(std::memory_order_acquire) != key)
+    if (slice == nullptr)
+        return false;
+    const std::uint64_t turn = slice->turn.load(std::memory_order_acquire);
+    if (slice->key.load(std::memory_order_acquire) != key)
         return false;
     for (std::size_t i = 0; i < out.size(); ++i)
         out[i] = slice->words[first + i].load(std::memory_order_acquire);
-    // Recycling resets the key before it touches a word: an unchanged key vouches for every word read above.
-    if (slice->key.load(std::memory_order_acquire) != key)
+    // Giving a slice up raises its turn before a word of it changes: an unchanged turn vouches for all that was read.
+    if (slice->turn.load(std::memory_order_acquire) != turn)
         return false;
     if (!slice->used.load(std::memory_order_relaxed))
         slice->used.store(true, std::memory_order_relaxed);
@@ -106,6 +108,13 @@ void L2Cache::fill_from_file(std::uint64_t key, std::span<std::uint64_t> words) 
         word = big_endian(word);
 }
 
+/// With the shard's mutex held.
+void L2Cache::give_up(Slice &slice) {
+    directory_[slice.key.load(std::memory_order_relaxed)].store(nullptr, std::memory_order_release);
+    slice.key.store(no_key, std::memory_order_release);
+    slice.turn.fetch_add(1, std::memory_order_seq_cst);
+}
+
 L2Cache::Slice *L2Cache::take_free(Shard &shard) {
     if (!shard.free.empty()) {
         Slice *slice = shard.free.back();
@@ -121,8 +130,7 @@ L2Cache::Slice *L2Cache::take_free(Shard &shard) {
             const std::uint64_t key = slice.key.load(std::memory_order_relaxed);
             if (key == no_key || slice.used.exchange(false, std::memory_order_relaxed))
                 continue;
-            directory_[key].store(nullptr, std::memory_order_release);
-            slice.key.store(no_key, std::memory_order_seq_cst);
+            give_up(slice);
             return &slice;
         }
     }
@@ -337,8 +345,7 @@ void L2Cache::discard_table(std::uint64_t i) {
         Slice *slice = directory_[key].load(std::memory_order_acquire);
         if (slice == nullptr)
             continue;
-        directory_[key].store(nullptr, std::memory_order_release);
-        slice->key.store(no_key, std::memory_order_seq_cst);
+        give_up(*slice);
         if (slice->dirty.exchange(false, std::memory_order_acq_rel))
             dirty_slices_.fetch_sub(1, std::memory_order_relaxed);
         slice->needs = 0;

@@ -5,7 +5,7 @@
 // clusters), not by where it lives in the file, so a table that moves invalidates nothing.
 //
 // Readers take no lock: slices are recycled but never freed, and a reader that saw a slice being recycled notices by
-// its key and asks again. Whoever changes an entry holds L1 lock(i) shared from pin() to the last store(); whoever
+// its turn and asks again. Whoever changes an entry holds L1 lock(i) shared from pin() to the last store(); whoever
 // loads holds it too, so the home of the table cannot change under the read. A slice that is dirty, pinned, or being
 // written is never recycled. Only the commit leader copies and writes dirty slices; it writes copies, never the slice.
 #pragma once
@@ -94,11 +94,12 @@ class L2Cache {
 
     struct Slice {
         std::atomic<std::uint64_t> key{no_key};
+        std::atomic<std::uint64_t> turn{0}; // raised whenever the slice is given up: the same key may come back
         std::unique_ptr<std::atomic<std::uint64_t>[]> words; // host byte order
         std::mutex mutex;                                    // orders store() against the leader's copy
         std::atomic<bool> dirty{false};
-        std::atomic<bool> used{false}; // since the clock hand passed
-        std::uint64_t needs = 0;       // protected by mutex
+        std::atomic<bool> used{false};      // since the clock hand passed
+        std::uint64_t needs = 0;            // protected by mutex
         std::atomic<std::uint32_t> pins{0}; // raised only under the shard's mutex
     };
     struct alignas(64) Shard {
@@ -122,6 +123,7 @@ class L2Cache {
     /// The slice in memory, loaded if it must be. Caller holds the table's L1 lock. Returned pinned.
     Slice *load(std::uint64_t key);
     Slice *take_free(Shard &shard);
+    void give_up(Slice &slice);
     void fill_from_file(std::uint64_t key, std::span<std::uint64_t> words);
     void mark_dirty(Slice &slice);
     void copy_slice(Slice &slice, std::uint64_t *to, Copy &copy, std::uint64_t &cleared);

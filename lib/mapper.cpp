@@ -42,21 +42,18 @@ void Mapper::resolve(GuestCluster first, std::span<Mapping> out) {
 void Mapper::survey(GuestCluster first, std::span<Mapping> out) {
     std::vector<std::uint64_t> words(out.size());
     l2_.read_around(first, words);
-    for (std::size_t i = 0; i < words.size(); ++i)
+    for (std::size_t i = 0; i < words.size(); ++i) {
         out[i] = decode(words[i]);
+        if (out[i].has_host() && out[i].host.value >= allocator_.end())
+            out[i].kind = Mapping::Kind::damaged;
+    }
 }
 
 bool Mapper::ensure_table(GuestCluster c, Allocator::Growth growth) {
     const std::uint64_t i = geometry_.l1_index(c);
-    if (l1_.table(i).value != 0) {
-        // An L1 entry without the flag belongs to a snapshot as well.
-        if (!(l1_.word(i) & entry::copied))
-            throw Error(Error::Kind::unsupported, EIO,
-                        fmt::format("'{}': L2 table {} may be shared with a snapshot, which is not supported yet; "
-                                    "'qemu-img check -r all' repairs a flag left wrong by a crash",
-                                    file_.name(), i));
+    // Without snapshots a table is ours even where a crash left its flag clear.
+    if (l1_.table(i).value != 0)
         return true;
-    }
     const std::lock_guard guard(l1_.lock(i));
     if (l1_.table(i).value != 0)
         return true;

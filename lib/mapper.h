@@ -19,8 +19,7 @@ namespace qlean {
 
 class Mapper {
   public:
-    Mapper(const Geometry &geometry, unsigned version, File &file, L1Table &l1, L2Cache &l2,
-           Allocator &allocator)
+    Mapper(const Geometry &geometry, unsigned version, File &file, L1Table &l1, L2Cache &l2, Allocator &allocator)
         : geometry_(geometry), version_(version), file_(file), l1_(l1), l2_(l2), allocator_(allocator) {}
 
     /// What guest clusters [first, first + out.size()) map to. Throws Error (bad_image) for an entry that cannot be.

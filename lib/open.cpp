@@ -78,12 +78,18 @@ void refuse_compression(File &file, const Geometry &geometry, const std::vector<
 /// One past the highest cluster with a refcount.
 std::uint64_t refcounted_end(File &file, const Geometry &geometry, const std::vector<std::uint64_t> &table,
                              std::uint64_t length) {
+    for (const std::uint64_t word : table)
+        if (const std::uint64_t at = big_endian(word); at != 0)
+            require_inside(file, HostOffset{at}, geometry.cluster_size(), round_up(length, geometry.cluster_size()),
+                           "refcount block");
+    // Blocks for what lies far beyond the end are not worth reading: nothing that is used can be there.
+    const std::uint64_t last =
+        (geometry.clusters_for(length) + max_clusters_beyond_end) / geometry.refcounts_per_block();
     std::vector<std::byte> block(geometry.cluster_size());
-    for (std::size_t i = table.size(); i-- > 0;) {
+    for (std::size_t i = std::min<std::size_t>(table.size(), last + 1); i-- > 0;) {
         const HostOffset at{big_endian(table[i])};
         if (at.value == 0)
             continue;
-        require_inside(file, at, geometry.cluster_size(), length, "refcount block");
         file.read(block, at);
         const RefcountView view(block, geometry.refcount_order());
         for (std::size_t n = view.size(); n-- > 0;)
@@ -94,7 +100,8 @@ std::uint64_t refcounted_end(File &file, const Geometry &geometry, const std::ve
 }
 
 /// Refcounts beyond the end of the file are what a crash leaves; entries beyond it mean that data is missing.
-void refuse_truncated(File &file, const Geometry &geometry, const std::vector<std::uint64_t> &l1, std::uint64_t length) {
+void refuse_truncated(File &file, const Geometry &geometry, const std::vector<std::uint64_t> &l1,
+                      std::uint64_t length) {
     for (std::size_t i = 0; i < l1.size(); ++i) {
         const HostOffset table = entry::table(big_endian(l1[i]));
         if (table.value == 0)
@@ -135,9 +142,9 @@ std::unique_ptr<Image> Image::open(std::unique_ptr<File> file, const Options &op
                             counted_end, file_end);
         refuse_truncated(*file, geometry, l1, length);
     }
-    auto state = std::make_unique<State>(std::move(file), std::move(header), std::move(sector), std::move(l1),
-                                         std::move(table), std::max(file_end, counted_end), options.read_only,
-                                         options.cache_bytes);
+    auto state =
+        std::make_unique<State>(std::move(file), std::move(header), std::move(sector), std::move(l1), std::move(table),
+                                std::max(file_end, counted_end), options.read_only, options.cache_bytes);
     return std::unique_ptr<Image>(new Image(std::move(state)));
 }
 

@@ -7,6 +7,13 @@ namespace qlean {
 RangeLock::RangeLock(const Geometry &geometry)
     : unit_bits_(std::max(geometry.cluster_bits(), 16u)), stripes_(std::make_unique<Stripe[]>(stripe_count)) {}
 
+void RangeLock::drain() {
+    for (std::uint64_t i = 0; i < stripe_count; ++i) {
+        stripes_[i].lock.lock();
+        stripes_[i].lock.unlock();
+    }
+}
+
 RangeLock::Stripes RangeLock::stripes(GuestOffset at, std::uint64_t length) const {
     const std::uint64_t first = at.value >> unit_bits_;
     const std::uint64_t last = (at.value + length - 1) >> unit_bits_;

@@ -23,6 +23,9 @@ class RangeLock {
 
     explicit RangeLock(const Geometry &geometry);
 
+    /// Waits until everybody who holds a range now has let go of it. Nobody is kept out.
+    void drain();
+
     /// Guest bytes [at, at + length), length > 0.
     class [[nodiscard]] Shared;
     class [[nodiscard]] Exclusive;
@@ -34,7 +37,8 @@ class RangeLock {
     /// Up to two ascending runs of stripe numbers: [first, end) after [0, wrapped).
     struct Stripes {
         std::uint64_t wrapped = 0, first = 0, end = 0;
-        template <class F> void each(F &&f) const {
+        template <class F>
+        void each(F &&f) const {
             for (std::uint64_t i = 0; i < wrapped; ++i)
                 f(i);
             for (std::uint64_t i = first; i < end; ++i)

@@ -25,15 +25,16 @@ struct WriteBack::Round {
 
 WriteBack::WriteBack(const Geometry &geometry, bool read_only, File &file, SyncLog &syncs, HeaderHome &header,
                      L1Table &l1, L2Cache &l2, Refcounts &refcounts, Allocator &allocator)
-    : geometry_(geometry), read_only_(read_only), file_(file), syncs_(syncs), header_(header), l1_(l1), l2_(l2), refcounts_(refcounts),
-      allocator_(allocator) {}
+    : geometry_(geometry), read_only_(read_only), file_(file), syncs_(syncs), header_(header), l1_(l1), l2_(l2),
+      refcounts_(refcounts), allocator_(allocator) {}
 
 void WriteBack::require_healthy() const {
     if (poisoned())
-        throw Error(Error::Kind::denied, EIO,
-                    fmt::format("'{}': an earlier write could not be made durable, so nothing more is written; stop the "
-                                "server, check the host's storage, then start it again",
-                                file_.name()));
+        throw Error(
+            Error::Kind::denied, EIO,
+            fmt::format("'{}': an earlier write could not be made durable, so nothing more is written; stop the "
+                        "server, check the host's storage, then start it again",
+                        file_.name()));
 }
 
 void WriteBack::before_change() {
@@ -187,9 +188,8 @@ void WriteBack::run(Give give) {
         sync();
         settle_lowered();
     }
-    last_ms_.store(
-        std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - began).count(),
-        std::memory_order_relaxed);
+    last_ms_.store(std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - began).count(),
+                   std::memory_order_relaxed);
 }
 
 void WriteBack::apply_increments() {
@@ -334,10 +334,11 @@ void WriteBack::link_beyond(std::uint64_t first_region, std::uint64_t count) {
             break;
         ++count;
     }
-    if (geometry_.bytes(new_table_clusters) > std::max<std::uint64_t>(Header::max_refcount_table_bytes, geometry_.cluster_size()))
-        throw Error(Error::Kind::no_space, ENOSPC,
-                    fmt::format("'{}' cannot grow: its refcount table would exceed 8 MiB; use larger clusters",
-                                file_.name()));
+    if (geometry_.bytes(new_table_clusters) >
+        std::max<std::uint64_t>(Header::max_refcount_table_bytes, geometry_.cluster_size()))
+        throw Error(
+            Error::Kind::no_space, ENOSPC,
+            fmt::format("'{}' cannot grow: its refcount table would exceed 8 MiB; use larger clusters", file_.name()));
     const std::uint64_t area = count + new_table_clusters;
     allocator_.claim_beyond({start}, area);
 

@@ -26,8 +26,8 @@ namespace qlean {
 
 class WriteBack {
   public:
-    WriteBack(const Geometry &geometry, bool read_only, File &file, SyncLog &syncs, HeaderHome &header, L1Table &l1, L2Cache &l2,
-              Refcounts &refcounts, Allocator &allocator);
+    WriteBack(const Geometry &geometry, bool read_only, File &file, SyncLog &syncs, HeaderHome &header, L1Table &l1,
+              L2Cache &l2, Refcounts &refcounts, Allocator &allocator);
 
     enum class Give { later, back };
     /// Makes everything that completed before the call durable; with Give::back also frees what was retired by then.

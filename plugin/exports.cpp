@@ -77,7 +77,7 @@ class MaintenanceExport final : public Export {
     }
     void extents(std::uint64_t at, std::uint64_t length, std::size_t most, const AddExtent &add) override {
         // Never "zero": a backup of this export would succeed as an empty disk.
-        for (const auto &p : operation_->plan({at}, length, most))
+        for (const auto &p : operation_->plan({at}, length, most, stop()))
             if (!add(p.at.value, p.length, !p.to_do, false))
                 return;
     }
@@ -146,13 +146,13 @@ std::unique_ptr<Export> open_export(Server &server, const std::string &name, boo
             server, name, std::make_unique<Compact>(*server.image, server.ownership, server.gauges, connection),
             read_only);
     if (name == "zeroes")
-        return std::make_unique<MaintenanceExport>(
-            server, name, std::make_unique<ZeroScan>(*server.image, server.gauges), read_only);
+        return std::make_unique<MaintenanceExport>(server, name,
+                                                   std::make_unique<ZeroScan>(*server.image, server.gauges), read_only);
     if (name == "status")
         return std::make_unique<StatusExport>(server);
-    throw Error(Error::Kind::unsupported, ENOENT,
-                fmt::format("there is no export '{}'; the exports are '' (the disk), 'compact', 'zeroes' and 'status'",
-                            name));
+    throw Error(
+        Error::Kind::unsupported, ENOENT,
+        fmt::format("there is no export '{}'; the exports are '' (the disk), 'compact', 'zeroes' and 'status'", name));
 }
 
 } // namespace qlean::plugin

@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <chrono>
 #include <csignal>
+#include <cstdlib>
 #include <sys/eventfd.h>
 #include <thread>
 #include <unistd.h>
@@ -30,14 +31,16 @@ void on_signal(int) {
 
 } // namespace
 
-bool Gate::shut() {
-    if (closing_.exchange(true, std::memory_order_acq_rel))
-        return false;
-    lock_.lock();
-    return true;
+bool Gate::shut(const std::function<bool()> &leave) {
+    closing_.store(true, std::memory_order_release);
+    std::call_once(left_, [&] {
+        lock_.lock();
+        left_well_ = leave();
+    });
+    return left_well_;
 }
 
-void Gate::own_signals(std::function<void()> leave) {
+void Gate::own_signals(std::function<bool()> leave) {
     wake_fd = ::eventfd(0, EFD_CLOEXEC);
     if (wake_fd == -1)
         throw_io(errno, "cannot watch for signals");
@@ -45,16 +48,14 @@ void Gate::own_signals(std::function<void()> leave) {
         std::uint64_t count;
         while (::read(wake_fd, &count, sizeof count) == -1 && errno == EINTR) {
         }
-        if (!shut())
-            return; // nbdkit is ending by itself and runs the clean-up
-        leave();
-        if (connections_.load() == 0) {
+        const bool well = shut(leave);
+        if (well && connections_.load() == 0) {
             nbdkit_shutdown();
             std::this_thread::sleep_for(patience);
         }
-        ::_exit(0);
+        ::_exit(well ? EXIT_SUCCESS : EXIT_FAILURE);
     }).detach();
-    struct sigaction action{};
+    struct sigaction action {};
     action.sa_handler = on_signal;
     action.sa_flags = SA_RESTART;
     sigemptyset(&action.sa_mask);

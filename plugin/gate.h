@@ -23,18 +23,21 @@ class Gate {
     bool closing() const { return closing_.load(std::memory_order_acquire); }
 
     /// Takes over SIGTERM, SIGINT, SIGHUP and SIGQUIT: on the first, `leave` runs once no request does. Then the
-    /// process ends with status 0: by itself while clients are connected, for nbdkit would answer what is held with
-    /// errors; through nbdkit, which lets filters finish their work, when there are none. Call after nbdkit has forked.
-    void own_signals(std::function<void()> leave);
+    /// process ends, with status 0 if `leave` returned true: by itself while clients are connected, for nbdkit would
+    /// answer what is held with errors; through nbdkit, which lets filters finish their work, when there are none. Call
+    /// after nbdkit has forked.
+    void own_signals(std::function<bool()> leave);
     void connected() { connections_.fetch_add(1); }
     void disconnected() { connections_.fetch_sub(1); }
-    /// Stops every later request, waiting for those in flight; true for the first caller only.
-    bool shut();
+    /// Stops every later request, waiting for those in flight, then runs `leave`; the second caller only waits for it.
+    bool shut(const std::function<bool()> &leave);
 
   private:
     RwLock lock_;
     std::atomic<bool> closing_{false};
     std::atomic<int> connections_{0};
+    std::once_flag left_;
+    bool left_well_ = false;
 };
 
 } // namespace qlean::plugin

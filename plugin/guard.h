@@ -35,7 +35,8 @@ LastError &last_error();
 void report_current_exception();
 
 /// Runs `f`; if it throws, reports and returns `failed`.
-template <class F, class R> R guarded(R failed, F &&f) {
+template <class F, class R>
+R guarded(R failed, F &&f) {
     try {
         return f();
     } catch (...) {

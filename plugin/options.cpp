@@ -65,7 +65,8 @@ bool started_read_only() {
         if (a == "--")
             break;
         if (a.rfind("--", 0) == 0) {
-            if (a.size() >= 5 && (std::string("--readonly").rfind(a, 0) == 0 || std::string("--read-only").rfind(a, 0) == 0))
+            if (a.size() >= 5 &&
+                (std::string("--readonly").rfind(a, 0) == 0 || std::string("--read-only").rfind(a, 0) == 0))
                 return true;
             continue;
         }
@@ -98,7 +99,8 @@ std::string running_nbdkit_version() {
     }
     std::string version;
     if (const auto at = answer.find("nbdkit "); at != std::string::npos)
-        for (std::size_t i = at + 7; i < answer.size() && (std::isdigit(static_cast<unsigned char>(answer[i])) || answer[i] == '.'); ++i)
+        for (std::size_t i = at + 7;
+             i < answer.size() && (std::isdigit(static_cast<unsigned char>(answer[i])) || answer[i] == '.'); ++i)
             version += answer[i];
     return version.empty() ? NBDKIT_VERSION_STRING : version;
 }

@@ -10,9 +10,9 @@
 namespace qlean::plugin {
 
 struct Options {
-    std::string file;                                ///< absolute
-    std::uint64_t cache_bytes = 64 * 1024 * 1024;    ///< of L2 tables kept in memory
-    bool read_only = false;                          ///< nbdkit -r
+    std::string file;                             ///< absolute
+    std::uint64_t cache_bytes = 64 * 1024 * 1024; ///< of L2 tables kept in memory
+    bool read_only = false;                       ///< nbdkit -r
 
     /// Takes one key=value. Throws Error naming an unknown key or a bad value.
     void set(const std::string &key, const std::string &value);

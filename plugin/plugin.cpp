@@ -25,7 +25,8 @@ namespace {
 Export &export_of(void *handle) { return *static_cast<Export *>(handle); }
 
 /// A request: waits at the gate, runs, reports.
-template <class F> int request(F &&f) {
+template <class F>
+int request(F &&f) {
     return guarded(-1, [&] {
         const auto entry = server().gate.enter();
         f();
@@ -33,13 +34,12 @@ template <class F> int request(F &&f) {
     });
 }
 
-void leave() {
-    try {
+bool leave() {
+    return guarded(false, [] {
         if (server().image)
             server().image->close();
-    } catch (...) {
-        report_current_exception();
-    }
+        return !server().image || !server().image->state().write_back.poisoned();
+    });
 }
 
 int config(const char *key, const char *value) {
@@ -80,10 +80,7 @@ int after_fork() {
 }
 
 /// nbdkit ends by itself: one client on stdin, or nbdkit_shutdown.
-void cleanup() {
-    if (server().gate.shut())
-        leave();
-}
+void cleanup() { server().gate.shut(leave); }
 
 int list_exports(int, int, nbdkit_exports *exports) {
     for (const auto &name : export_names())
@@ -134,9 +131,8 @@ int block_size(void *, uint32_t *minimum, uint32_t *preferred, uint32_t *maximum
 }
 
 const char *export_description(void *handle) {
-    return guarded(static_cast<const char *>(nullptr), [&]() -> const char * {
-        return nbdkit_strdup_intern(export_of(handle).description().c_str());
-    });
+    return guarded(static_cast<const char *>(nullptr),
+                   [&]() -> const char * { return nbdkit_strdup_intern(export_of(handle).description().c_str()); });
 }
 
 int pread(void *handle, void *buffer, uint32_t count, uint64_t offset, uint32_t) {

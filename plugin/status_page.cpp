@@ -45,7 +45,7 @@ void measure_status(Server &server) {
     const auto began = std::chrono::steady_clock::now();
     if (m.survey && began - m.at < m.took * rest_factor)
         return;
-    m.survey = survey_image(server.image->state());
+    m.survey = survey_image(server.image->state(), [&] { return server.gate.closing(); });
     m.at = std::chrono::steady_clock::now();
     m.took = m.at - began;
 }
@@ -100,9 +100,8 @@ std::string make_status_page(Server &server) {
                      {"zero", traffic(totals, GuestStats::zero)},
                      {"flush", {{"requests", totals.requests[GuestStats::flush]}}}};
     if (recent.count() > 0)
-        page["guest"]["latency_us"] = {{"p50", recent.quantile_us(0.5)},
-                                       {"p99", recent.quantile_us(0.99)},
-                                       {"max", recent.quantile_us(1.0)}};
+        page["guest"]["latency_us"] = {
+            {"p50", recent.quantile_us(0.5)}, {"p99", recent.quantile_us(0.99)}, {"max", recent.quantile_us(1.0)}};
     page["memory"] = {{"metadata_cache", state.l2.memory_bytes()}, {"metadata_dirty", state.l2.dirty_bytes()}};
     page["poisoned"] = state.write_back.poisoned();
     const auto error = last_error().get();

@@ -16,11 +16,6 @@ constexpr std::uint64_t min_moved_bytes = 1024 * 1024;
 constexpr std::uint64_t step_bytes = 32 * 1024 * 1024;
 constexpr std::uint64_t file_share = 128;
 
-void require_going(const StopCheck &stop) {
-    if (stop())
-        throw Error(Error::Kind::stopped, ESHUTDOWN, "stopped on request");
-}
-
 } // namespace
 
 Compact::Compact(Image &image, MoveOwnership &ownership, Gauges &gauges, std::uint64_t connection)
@@ -37,12 +32,12 @@ Compact::~Compact() {
 }
 
 /// The walk that everything relies on, once per connection.
-void Compact::prepare() {
+void Compact::prepare(const StopCheck &stop) {
     const std::lock_guard guard(mutex_);
     if (prepared_)
         return;
     auto watch = std::make_unique<Allocator::Watch>(state_.allocator);
-    Survey survey = verify_image(state_, *watch);
+    Survey survey = verify_image(state_, *watch, stop);
     leaked_ = std::move(survey.leaked);
     pinned_ = cluster_count(survey.pinned);
     gauges_.pinned = static_cast<std::int64_t>(pinned_);
@@ -76,8 +71,8 @@ void Compact::measure() {
     gauges_.pending = static_cast<std::int64_t>(layout_.pending);
 }
 
-HostCluster Compact::ideal_end() {
-    prepare();
+HostCluster Compact::ideal_end(const StopCheck &stop) {
+    prepare(stop);
     const std::lock_guard guard(mutex_);
     return layout_.end;
 }
@@ -110,13 +105,15 @@ bool Compact::table_moves_with(GuestCluster c, const std::vector<Mapping> &mappi
     return true;
 }
 
-std::vector<Maintenance::Planned> Compact::plan(GuestOffset at, std::uint64_t length, std::size_t most) {
+std::vector<Maintenance::Planned> Compact::plan(GuestOffset at, std::uint64_t length, std::size_t most,
+                                                const StopCheck &stop_check) {
     const Geometry &g = state_.geometry;
-    const HostCluster ideal = ideal_end();
+    const HostCluster ideal = ideal_end(stop_check);
     std::vector<Planned> planned;
     std::vector<Mapping> mappings;
     const GuestOffset end = at + length;
     while (at < end && planned.size() <= most) {
+        require_going(stop_check);
         const GuestCluster first = g.cluster_of(at);
         GuestOffset stop = std::min(end, g.offset_of(state_.mapper.table_end(first)));
         if (!state_.mapper.has_table(first)) {
@@ -131,7 +128,8 @@ std::vector<Maintenance::Planned> Compact::plan(GuestOffset at, std::uint64_t le
         bool empty = true;
         for (std::size_t i = 0; i < mappings.size(); ++i) {
             bool to_do = mappings[i].has_host() && mappings[i].host >= ideal;
-            empty = empty && (mappings[i].kind == Mapping::Kind::unallocated || mappings[i].kind == Mapping::Kind::zero);
+            empty =
+                empty && (mappings[i].kind == Mapping::Kind::unallocated || mappings[i].kind == Mapping::Kind::zero);
             if (!asked_for_table && mappings[i].has_host()) {
                 asked_for_table = true;
                 to_do = to_do || table_moves_with(first + i, mappings, first, ideal);
@@ -184,7 +182,7 @@ void Compact::commit_if_much(std::uint64_t moved) {
     const std::uint64_t file = state_.geometry.bytes(state_.allocator.end());
     if (total < std::clamp(file / file_share, min_moved_bytes, max_moved_bytes))
         return;
-    moved_since_commit_.fetch_sub(total);
+    moved_since_commit_ = 0;
     image_.give_back();
 }
 
@@ -207,7 +205,7 @@ void Compact::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) {
     const Geometry &g = state_.geometry;
     state_.write_back.before_change();
     ownership_.claim(name_, connection_);
-    const HostCluster end = ideal_end();
+    const HostCluster end = ideal_end(stop);
     const Work work = find_work(g.cluster_of(at), g.cluster_of(at + (length - 1)), end);
     if (!work.tables.empty())
         state_.write_back.lead([&] {
@@ -244,7 +242,7 @@ void Compact::commit(const StopCheck &stop) {
     const Geometry &g = state_.geometry;
     state_.write_back.before_change();
     ownership_.claim(name_, connection_);
-    prepare();
+    prepare(stop);
     const std::lock_guard commit_guard(commit_mutex_);
     moved_since_commit_ = 0;
     const std::uint64_t end_before = state_.allocator.end();
@@ -257,7 +255,7 @@ void Compact::commit(const StopCheck &stop) {
         empty = std::exchange(empty_tables_, {});
         layout = layout_;
     }
-    image_.give_back();
+    state_.write_back.commit(WriteBack::Give::back);
     require_going(stop);
 
     if (layout.pending > 0 || !empty.empty()) {

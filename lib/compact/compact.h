@@ -22,13 +22,14 @@ class Compact final : public Maintenance {
     Compact(Image &image, MoveOwnership &ownership, Gauges &gauges, std::uint64_t connection);
     ~Compact() override;
 
-    std::vector<Planned> plan(GuestOffset at, std::uint64_t length, std::size_t most) override;
+    std::vector<Planned> plan(GuestOffset at, std::uint64_t length, std::size_t most,
+                              const StopCheck &stop = never) override;
     void run(GuestOffset at, std::uint64_t length, const StopCheck &stop) override;
     void commit(const StopCheck &stop) override;
 
   private:
-    void prepare();
-    HostCluster ideal_end();
+    void prepare(const StopCheck &stop);
+    HostCluster ideal_end(const StopCheck &stop);
     /// The clusters to move of [first, last], and what L2 tables go with them.
     struct Work {
         std::vector<std::pair<GuestCluster, HostCluster>> clusters;

@@ -10,10 +10,10 @@
 namespace qlean {
 
 struct Layout {
-    HostCluster end;                     ///< E
-    std::uint64_t last_region = 0;       ///< the last region that keeps a refcount block
-    std::uint64_t table_clusters = 0;    ///< of the refcount table, when done
-    std::uint64_t pending = 0;           ///< clusters without a guest offset that still move or go
+    HostCluster end;                  ///< E
+    std::uint64_t last_region = 0;    ///< the last region that keeps a refcount block
+    std::uint64_t table_clusters = 0; ///< of the refcount table, when done
+    std::uint64_t pending = 0;        ///< clusters without a guest offset that still move or go
 
     /// `leaked`: clusters about to be given back; `empty_tables`: L2 tables about to go; every free map is loaded.
     static Layout measure(State &state, std::uint64_t leaked, std::uint64_t empty_tables);

@@ -6,7 +6,6 @@
 #include "relocator.h"
 
 #include <mutex>
-#include <unordered_map>
 
 namespace qlean {
 
@@ -55,7 +54,7 @@ void drop_empty_table(State &state, std::uint64_t i) {
     HostCluster home;
     {
         const std::lock_guard guard(state.l1.lock(i));
-        if (state.l1.table(i).value == 0 || !(state.l1.word(i) & entry::copied))
+        if (state.l1.table(i).value == 0)
             return;
         for (const std::uint64_t raw : state.l2.whole_table(i))
             if (const std::uint64_t word = big_endian(raw); word != 0 && word != entry::zero)
@@ -204,21 +203,24 @@ bool empty_window(State &state, const Layout &layout, std::uint64_t count) {
     if (count == 0 || count > end)
         return false;
     // What each cluster below the end is: free, mapped by a guest cluster, or neither (metadata, pinned, on its way).
-    std::unordered_map<std::uint64_t, GuestCluster> mapped;
+    std::vector<bool> mapped(end);
     std::vector<Mapping> mappings;
-    for (std::uint64_t i = 0; i < state.l1.size(); ++i) {
-        const GuestCluster first{i * g.l2_entries()};
-        if (state.l1.table(i).value == 0 || first.value >= g.guest_clusters())
-            continue;
-        mappings.resize(state.mapper.table_end(first) - first);
-        state.mapper.survey(first, mappings);
-        for (std::size_t n = 0; n < mappings.size(); ++n)
-            if (mappings[n].has_host() && mappings[n].copied && mappings[n].host.value < end)
-                mapped[mappings[n].host.value] = first + n;
-    }
+    const auto each_mapped = [&](auto &&f) {
+        for (std::uint64_t i = 0; i < state.l1.size(); ++i) {
+            const GuestCluster first{i * g.l2_entries()};
+            if (state.l1.table(i).value == 0 || first.value >= g.guest_clusters())
+                continue;
+            mappings.resize(state.mapper.table_end(first) - first);
+            state.mapper.survey(first, mappings);
+            for (std::size_t n = 0; n < mappings.size(); ++n)
+                if (mappings[n].has_host() && mappings[n].host.value < end)
+                    f(first + n, mappings[n].host);
+        }
+    };
+    each_mapped([&](GuestCluster, HostCluster host) { mapped[host.value] = true; });
     // The window with the fewest clusters to move.
     std::uint64_t best = end, best_cost = count + 1, run = 0, cost = 0;
-    const auto kind = [&](std::uint64_t c) { return state.allocator.is_free({c}) ? 0 : mapped.contains(c) ? 1 : 2; };
+    const auto kind = [&](std::uint64_t c) { return state.allocator.is_free({c}) ? 0 : mapped[c] ? 1 : 2; };
     for (std::uint64_t c = 0; c < end; ++c) {
         const int k = kind(c);
         if (k == 2) {
@@ -238,16 +240,18 @@ bool empty_window(State &state, const Layout &layout, std::uint64_t count) {
     if (best == end)
         return false;
     state.allocator.embargo({{best}, count});
-    for (std::uint64_t c = best; c < best + count; ++c) {
-        const auto found = mapped.find(c);
-        if (found == mapped.end())
-            continue;
+    std::vector<std::pair<GuestCluster, HostCluster>> in_the_way;
+    each_mapped([&](GuestCluster c, HostCluster host) {
+        if (host.value >= best && host.value < best + count)
+            in_the_way.emplace_back(c, host);
+    });
+    for (const auto &[cluster, host] : in_the_way) {
         // Upwards if it must be: this happens once, and it comes down again with the rest.
         auto room = state.allocator.reserve(1, Allocator::Growth::now);
         if (room.empty())
             return true;
         bool used = false;
-        if (relocate(state, found->second, {c}, room.extents().front(), &used) == Moved::yes && used)
+        if (relocate(state, cluster, host, room.extents().front(), &used) == Moved::yes && used)
             room.publish();
     }
     return true;

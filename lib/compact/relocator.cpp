@@ -16,7 +16,9 @@ void write_cluster(File &file, std::span<const std::byte> bytes, HostOffset at, 
         return file.write(bytes, at);
     std::size_t begin = 0;
     while (begin < bytes.size()) {
-        const auto block = [&](std::size_t from) { return bytes.subspan(from, std::min(host_block, bytes.size() - from)); };
+        const auto block = [&](std::size_t from) {
+            return bytes.subspan(from, std::min(host_block, bytes.size() - from));
+        };
         if (all_zero(block(begin))) {
             begin += host_block;
             continue;
@@ -49,7 +51,7 @@ Moved relocate(State &state, GuestCluster c, HostCluster source, const Allocator
                 return Moved::contended;
             Mapping m;
             state.mapper.resolve(c, std::span(&m, 1));
-            if (!m.has_host() || m.host != source || !m.copied)
+            if (!m.has_host() || m.host != source)
                 return Moved::gone;
             const bool copy = m.kind == Mapping::Kind::data;
             // Once warmed it is in memory, even where the host cannot promise that (RWF_NOWAIT on tmpfs).
@@ -63,11 +65,11 @@ Moved relocate(State &state, GuestCluster c, HostCluster source, const Allocator
                 *used = copy;
                 moved = true;
             }
+            if (moved) // within the range: a walk that waits for it finds the source unlinked and retired, or neither
+                state.allocator.retire({{source, 1}});
         }
-        if (moved) {
-            state.allocator.retire({{source, 1}});
+        if (moved)
             return Moved::yes;
-        }
         // Not in the host's memory: read it with nobody waiting, then try again.
         state.file.read(bytes, from);
     }

@@ -31,7 +31,7 @@ class References {
 
 /// Walks everything; `reference(cluster)` for each use of a host cluster, `damaged(guest)` for an impossible entry.
 template <class Reference, class Damaged>
-Survey walk(State &state, Reference &&reference, Damaged &&damaged) {
+Survey walk(State &state, const StopCheck &stop, Reference &&reference, Damaged &&damaged) {
     const Geometry &g = state.geometry;
     Survey survey;
     const auto metadata = [&](HostRun run) {
@@ -59,6 +59,7 @@ Survey walk(State &state, Reference &&reference, Damaged &&damaged) {
         const HostOffset table = state.l1.table(i);
         if (table.value == 0)
             continue;
+        require_going(stop);
         metadata({g.cluster_of(table), 1});
         // All of it: entries beyond the end of the disk (VM state, a disk that was shrunk) hold clusters too.
         const std::uint64_t first = i * g.l2_entries(), end = first + g.l2_entries();
@@ -90,21 +91,24 @@ Survey walk(State &state, Reference &&reference, Damaged &&damaged) {
 
 } // namespace
 
-Survey survey_image(State &state) {
+Survey survey_image(State &state, const StopCheck &stop) {
     return walk(
-        state, [](HostCluster) {}, [](GuestCluster) {});
+        state, stop, [](HostCluster) {}, [](GuestCluster) {});
 }
 
-Survey verify_image(State &state, const Allocator::Watch &watch) {
+Survey verify_image(State &state, const Allocator::Watch &watch, const StopCheck &stop) {
     // What was reserved when the watch began, or is taken or retired since, is left out of the comparison. All else
-    // was published before, and this commit brings its refcount to the file, or was retired, and this lowers it.
-    if (!state.read_only)
+    // was published before, and this commit brings its refcount to the file, or was retired, and this lowers it; what
+    // is unlinked but not retired yet is so within somebody's range.
+    if (!state.read_only) {
+        state.ranges.drain();
         state.write_back.commit(WriteBack::Give::back);
+    }
 
     References references;
     std::vector<GuestCluster> damaged;
     Survey survey = walk(
-        state, [&](HostCluster c) { references.add(c); }, [&](GuestCluster c) { damaged.push_back(c); });
+        state, stop, [&](HostCluster c) { references.add(c); }, [&](GuestCluster c) { damaged.push_back(c); });
 
     struct Miscount {
         std::uint64_t cluster, count;

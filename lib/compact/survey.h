@@ -7,10 +7,22 @@
 
 #include "../state.h"
 
+#include "../error.h"
+
 #include <atomic>
+#include <functional>
 #include <vector>
 
 namespace qlean {
+
+/// Asked between steps of long work: true means stop now.
+using StopCheck = std::function<bool()>;
+inline const StopCheck never = [] { return false; };
+
+inline void require_going(const StopCheck &stop) {
+    if (stop())
+        throw Error(Error::Kind::stopped, ESHUTDOWN, "stopped on request");
+}
 
 struct Survey {
     std::uint64_t data = 0;     ///< clusters that guest clusters map to
@@ -25,11 +37,12 @@ struct Survey {
 };
 
 /// Counts, without comparing anything.
-Survey survey_image(State &state);
+Survey survey_image(State &state, const StopCheck &stop);
 /// Counts and compares with the refcounts. Throws Error (bad_image) if a cluster has fewer refcounts than referrers, or
 /// is referred to where it must not be. The guest may go on meanwhile. `watch` was begun just now, and must live until
-/// what is found is acted upon: what it has touched by then is not what it was. No lock held.
-Survey verify_image(State &state, const Allocator::Watch &watch);
+/// what is found is acted upon: what it has touched by then is not what it was. No lock held. Throws Error (stopped)
+/// when `stop` says so.
+Survey verify_image(State &state, const Allocator::Watch &watch, const StopCheck &stop);
 
 /// Numbers for the status page, kept by whoever knows them. Bytes, or -1 while unknown.
 struct Gauges {

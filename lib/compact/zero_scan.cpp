@@ -31,16 +31,19 @@ bool ZeroScan::known(GuestCluster c) const {
 void ZeroScan::set_known(GuestCluster c) {
     const std::lock_guard guard(mutex_);
     if (known_.size() <= c.value)
-        known_.resize(std::min<std::uint64_t>(std::max(c.value + 1, known_.size() * 2), state_.geometry.guest_clusters()));
+        known_.resize(
+            std::min<std::uint64_t>(std::max(c.value + 1, known_.size() * 2), state_.geometry.guest_clusters()));
     known_[c.value] = true;
 }
 
-std::vector<Maintenance::Planned> ZeroScan::plan(GuestOffset at, std::uint64_t length, std::size_t most) {
+std::vector<Maintenance::Planned> ZeroScan::plan(GuestOffset at, std::uint64_t length, std::size_t most,
+                                                 const StopCheck &stop_check) {
     const Geometry &g = state_.geometry;
     std::vector<Planned> planned;
     std::vector<Mapping> mappings;
     const GuestOffset end = at + length;
     while (at < end && planned.size() <= most) {
+        require_going(stop_check);
         const GuestCluster first = g.cluster_of(at);
         GuestOffset stop = std::min(end, g.offset_of(state_.mapper.table_end(first)));
         if (!state_.mapper.has_table(first)) {
@@ -78,8 +81,7 @@ void ZeroScan::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) 
         for (std::size_t i = 0; i < mappings.size(); ++i) {
             if (!mappings[i].has_host() || known(c + i))
                 continue;
-            if (stop())
-                throw Error(Error::Kind::stopped, ESHUTDOWN, "stopped on request");
+            require_going(stop);
             look_at(c + i, mappings[i].host);
         }
         c = end;

@@ -15,7 +15,8 @@ class ZeroScan final : public Maintenance {
     ZeroScan(Image &image, Gauges &gauges);
     ~ZeroScan() override;
 
-    std::vector<Planned> plan(GuestOffset at, std::uint64_t length, std::size_t most) override;
+    std::vector<Planned> plan(GuestOffset at, std::uint64_t length, std::size_t most,
+                              const StopCheck &stop = never) override;
     void run(GuestOffset at, std::uint64_t length, const StopCheck &stop) override;
     void commit(const StopCheck &stop) override;
 
