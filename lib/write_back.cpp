@@ -284,7 +284,8 @@ void WriteBack::link_ahead() {
         link_regions(missing);
     } catch (const Error &error) {
         // On a full disk the commit must go on: it is what gives space back. Growing will say that there is none.
-        if (error.kind() != Error::Kind::no_space)
+        // Not so if it was a sync that found the disk full: the image is poisoned then.
+        if (error.kind() != Error::Kind::no_space || poisoned())
             throw;
     }
 }
