@@ -86,6 +86,8 @@ void FaultyDisk::refuse_zero(bool refuse) {
 }
 
 void FaultyDisk::maybe_fail(const Request &request, std::span<const std::byte> from) {
+    if (truces_ != 0)
+        return;
     ++counts_[static_cast<unsigned>(request.op)];
     if (!fault_ || !(fault_->ops & mask(request.op)) || (fault_->only && !fault_->only(request)))
         return;

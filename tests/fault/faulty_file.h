@@ -75,6 +75,17 @@ class FaultyDisk {
     /// The fault has struck.
     bool struck() const;
     std::uint64_t count(unsigned ops) const;
+    /// While one lives nothing fails and nothing is counted: for what a test does on its own account.
+    class Truce {
+      public:
+        explicit Truce(FaultyDisk &disk) : disk_(disk) { ++disk_.truces_; }
+        ~Truce() { --disk_.truces_; }
+        Truce(const Truce &) = delete;
+        Truce &operator=(const Truce &) = delete;
+
+      private:
+        FaultyDisk &disk_;
+    };
     /// Reads report that a device would have to be waited for, once for each place.
     void start_cold(bool cold);
     /// What the host's file system cannot do.
@@ -113,7 +124,7 @@ class FaultyDisk {
     std::vector<std::pair<std::uint64_t, std::uint64_t>> warmed_;
     std::list<std::shared_ptr<Hook>> hooks_;
     int next_hook_ = 0;
-    std::atomic<int> hook_count_{0};
+    std::atomic<int> hook_count_{0}, truces_{0};
     std::string name_ = "faulty.qcow2";
 };
 

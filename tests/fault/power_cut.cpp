@@ -30,7 +30,48 @@ bool changes(const Event &event) {
     return event.kind == Event::Kind::write || event.kind == Event::Kind::zeroes || event.kind == Event::Kind::length;
 }
 
+template <class F>
+std::vector<Fate> make_fates(std::size_t count, F &&reached) {
+    std::vector<Fate> fates(count);
+    for (std::size_t i = 0; i < count; ++i)
+        fates[i].reached = reached(i);
+    return fates;
+}
+
 } // namespace
+
+std::vector<Fate> numbered_fates(const PowerCuts &cuts, std::uint64_t number) {
+    return make_fates(cuts.uncertain().size(), [&](std::size_t i) { return number >> i & 1; });
+}
+
+std::vector<Fate> random_fates(const PowerCuts &cuts, std::mt19937_64 &random) {
+    const auto &changes = cuts.uncertain();
+    const std::size_t n = changes.size(), a = n == 0 ? 0 : random() % n, b = n == 0 ? 0 : random() % n;
+    switch (random() % 8) {
+    case 0: // one is missing
+        return make_fates(n, [&](std::size_t i) { return i != a; });
+    case 1: // one alone
+        return make_fates(n, [&](std::size_t i) { return i == a; });
+    case 2: // the later ones
+        return make_fates(n, [&](std::size_t i) { return i >= a; });
+    case 3: // file system operations early, or late
+        return make_fates(n, [&](std::size_t i) { return (changes[i]->kind != Event::Kind::write) == (a & 1); });
+    case 4: // a window is missing
+        return make_fates(n, [&](std::size_t i) { return i < std::min(a, b) || i >= std::max(a, b); });
+    case 5: { // torn
+        auto fates = make_fates(n, [&](std::size_t i) { return i == a || random() % 2; });
+        for (std::size_t i = 0; i < n; ++i)
+            if (fates[i].reached && changes[i]->kind != Event::Kind::length && random() % 2)
+                for (int s = 0; s < 64; ++s)
+                    fates[i].sectors.push_back(random() % 2);
+        return fates;
+    }
+    default: {
+        const unsigned odds = 1 + random() % 7;
+        return make_fates(n, [&](std::size_t) { return random() % 8 < odds; });
+    }
+    }
+}
 
 PowerCuts::PowerCuts(const FaultyDisk &disk) : events_(disk.events()), base_(disk.first_bytes()) {
     std::size_t certain = 0, began = 0;

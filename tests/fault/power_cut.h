@@ -11,6 +11,8 @@
 
 #include "tests/fault/faulty_file.h"
 
+#include <random>
+
 namespace qlean::fault {
 
 /// Whether an uncertain change reached the disk, and of a torn write which sectors.
@@ -42,5 +44,10 @@ class PowerCuts {
     Bytes base_;
     std::vector<const Event *> uncertain_;
 };
+
+/// Bit i of `number`: change i reached the disk.
+std::vector<Fate> numbered_fates(const PowerCuts &cuts, std::uint64_t number);
+/// One of many shapes: one change missing, one alone, the later ones, file system operations early or late, torn, …
+std::vector<Fate> random_fates(const PowerCuts &cuts, std::mt19937_64 &random);
 
 } // namespace qlean::fault

@@ -47,54 +47,6 @@ std::uint64_t hash(const Bytes &bytes) {
     return all;
 }
 
-/// The ways in which the changes of a cut may have reached the disk.
-class Fates {
-  public:
-    Fates(const std::vector<const Event *> &changes, std::mt19937_64 &random) : changes_(changes), random_(random) {}
-
-    std::vector<Fate> by_number(std::uint64_t number) {
-        return make([&](std::size_t i) { return number >> i & 1; });
-    }
-    std::vector<Fate> next() {
-        const std::size_t n = changes_.size(), one = n == 0 ? 0 : random_() % n, other = n == 0 ? 0 : random_() % n;
-        switch (random_() % 8) {
-        case 0: // one is missing
-            return make([&](std::size_t i) { return i != one; });
-        case 1: // one alone
-            return make([&](std::size_t i) { return i == one; });
-        case 2: // the later ones
-            return make([&](std::size_t i) { return i >= one; });
-        case 3: // file system operations early, or late
-            return make([&](std::size_t i) { return (changes_[i]->kind != Event::Kind::write) == (one & 1); });
-        case 4: // a window is missing
-            return make([&](std::size_t i) { return i < std::min(one, other) || i >= std::max(one, other); });
-        case 5: { // torn
-            auto fates = make([&](std::size_t i) { return i == one || random_() % 2; });
-            for (std::size_t i = 0; i < n; ++i)
-                if (fates[i].reached && changes_[i]->kind != Event::Kind::length && random_() % 2)
-                    for (int s = 0; s < 64; ++s)
-                        fates[i].sectors.push_back(random_() % 2);
-            return fates;
-        }
-        default: {
-            const unsigned odds = 1 + random_() % 7;
-            return make([&](std::size_t) { return random_() % 8 < odds; });
-        }
-        }
-    }
-
-  private:
-    template <class F>
-    std::vector<Fate> make(F &&reached) {
-        std::vector<Fate> fates(changes_.size());
-        for (std::size_t i = 0; i < fates.size(); ++i)
-            fates[i].reached = reached(i);
-        return fates;
-    }
-    const std::vector<const Event *> &changes_;
-    std::mt19937_64 &random_;
-};
-
 /// The image goes on after the cut: a guest writes, everything is compacted, and it ends clean.
 void use(const Bytes &image, std::uint64_t seed) {
     const auto disk = std::make_shared<FaultyDisk>(image);
@@ -117,12 +69,10 @@ class Campaign {
     Campaign(std::uint64_t states, std::uint64_t seed) : wanted_(states), seed_(seed) {}
 
     void cut(const Workload &workload, std::uint64_t seed, std::uint64_t share) {
-        const Run run = [&] {
-            Run r = workload.run(seed);
-            r.image.reset();
-            return r;
-        }();
-        if (const auto wrong = run.guest->verdict(run.guest->now(), run.disk->recorded()))
+        Run run = start(workload, seed);
+        workload.go(run);
+        run.image.reset();
+        if (const auto wrong = run.guest->verdict(run.guest->now(), run.disk->recorded() + 1))
             throw std::runtime_error(std::string(workload.name) + ": the test contradicts itself: " + *wrong);
         constexpr unsigned workers = 2;
         std::vector<std::thread> threads;
@@ -167,7 +117,6 @@ class Campaign {
         std::sort(moments.begin(), moments.end());
         for (const std::size_t moment : moments) {
             cuts.move_to(moment);
-            Fates fates(cuts.uncertain(), random);
             const auto check = [&](const Bytes &image, const char *how) {
                 judge_state(workload, run, seed, moment, image, how, random());
             };
@@ -175,11 +124,11 @@ class Campaign {
             const std::size_t n = cuts.uncertain().size();
             if (n <= exhausted_up_to && n > 0) {
                 for (std::uint64_t number = 0; number + 1 < std::uint64_t{1} << n && !failed_; ++number)
-                    check(cuts.image(fates.by_number(number)), "a power cut, all subsets");
+                    check(cuts.image(numbered_fates(cuts, number)), "a power cut, all subsets");
             } else {
                 check(cuts.image(std::vector<Fate>(n)), "a power cut, nothing written");
                 for (std::uint64_t i = 0; i < ways && !failed_; ++i)
-                    check(cuts.image(fates.next()), "a power cut");
+                    check(cuts.image(random_fates(cuts, random)), "a power cut");
             }
             if (failed_)
                 return;

@@ -8,7 +8,7 @@
 
 namespace qlean::fault {
 
-RecordedGuest::RecordedGuest(Image &image, const FaultyDisk &disk, std::uint64_t seed)
+RecordedGuest::RecordedGuest(Image &image, FaultyDisk &disk, std::uint64_t seed)
     : image_(image), disk_(disk), random_(seed), model_(image.size()) {
     image_.read(model_, {0});
     promises_.push_back({0, 0, model_});
@@ -25,7 +25,10 @@ template <class F>
 void RecordedGuest::change(Kind kind, std::uint64_t at, std::uint64_t length, F &&request) {
     const Change change{kind, disk_.recorded(), at, length, random_()};
     changes_.push_back(change);
-    const auto read_back = [&] { image_.read(std::span(model_).subspan(at, length), {at}); };
+    const auto read_back = [&] {
+        const FaultyDisk::Truce truce(disk_);
+        image_.read(std::span(model_).subspan(at, length), {at});
+    };
     try {
         request(change);
     } catch (const Error &) {

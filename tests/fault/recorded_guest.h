@@ -17,7 +17,7 @@ namespace qlean::fault {
 
 class RecordedGuest {
   public:
-    RecordedGuest(Image &image, const FaultyDisk &disk, std::uint64_t seed);
+    RecordedGuest(Image &image, FaultyDisk &disk, std::uint64_t seed);
 
     void write(std::uint64_t at, std::uint64_t length);
     void trim(std::uint64_t at, std::uint64_t length);
@@ -60,7 +60,7 @@ class RecordedGuest {
     static std::byte value(const Change &change, std::uint64_t at);
 
     Image &image_;
-    const FaultyDisk &disk_;
+    FaultyDisk &disk_;
     std::mt19937_64 random_;
     Bytes model_;
     bool forgiving_ = false;

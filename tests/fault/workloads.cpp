@@ -16,15 +16,6 @@ namespace {
 const StopCheck go_on = [] { return false; };
 constexpr std::size_t all = 1 << 20;
 
-Run start(Bytes image, std::uint64_t seed) {
-    Run run;
-    run.disk = std::make_shared<FaultyDisk>(std::move(image));
-    run.disk->record();
-    run.image = open_image(run.disk);
-    run.guest = std::make_unique<RecordedGuest>(*run.image, *run.disk, seed);
-    return run;
-}
-
 /// The image of a guest that wrote everything in random order: nothing is where a compact image would have it.
 ImagePlan scattered(unsigned cluster_bits, std::uint64_t virtual_size, std::uint64_t spread, std::uint64_t seed) {
     ImagePlan plan;
@@ -42,122 +33,101 @@ ImagePlan scattered(unsigned cluster_bits, std::uint64_t virtual_size, std::uint
     return plan;
 }
 
-Run guest_only(std::uint64_t seed, std::uint64_t virtual_size, std::uint64_t cluster_size, int steps,
-               const RecordedGuest::Mix &mix, unsigned version = 3) {
-    Run run = start(empty_image(virtual_size, cluster_size, version), seed);
+void guest_only(Run &run, int steps, std::uint64_t most, RecordedGuest::Mix mix = {}) {
+    mix.most = most;
     for (int i = 0; i < steps; ++i) {
-        run.guest->step(mix);
-        if (run.guest->random()() % 32 == 0)
-            run.image->give_back(); // what the engine does by itself every few seconds
+        run.step(mix);
+        if (run.random()() % 32 == 0)
+            run.attempt([&] { run.image->give_back(); }); // what the engine does by itself every few seconds
     }
-    return run;
 }
 
-Run small_clusters(std::uint64_t seed) { return guest_only(seed, 128 * 1024, 512, 150, {}); }
-Run host_block_clusters(std::uint64_t seed) {
-    RecordedGuest::Mix mix;
-    mix.most = 40000;
-    return guest_only(seed, 1024 * 1024, 4096, 100, mix, 2);
-}
-Run usual_clusters(std::uint64_t seed) {
-    RecordedGuest::Mix mix;
-    mix.most = 100000;
-    return guest_only(seed, 1024 * 1024, 65536, 80, mix);
-}
-Run never_flushes(std::uint64_t seed) {
-    RecordedGuest::Mix mix;
-    mix.flush = 0;
-    return guest_only(seed, 128 * 1024, 512, 200, mix);
-}
-Run trims_and_rewrites(std::uint64_t seed) {
-    RecordedGuest::Mix mix{40, 40, 10, 10};
-    mix.most = 16384;
-    return guest_only(seed, 64 * 1024, 512, 200, mix);
-}
+Bytes empty_small(std::uint64_t) { return empty_image(128 * 1024, 512); }
+Bytes empty_host_blocks(std::uint64_t) { return empty_image(1024 * 1024, 4096, 2); }
+Bytes empty_usual(std::uint64_t) { return empty_image(1024 * 1024, 65536); }
+void small_clusters(Run &run) { guest_only(run, 150, 8192); }
+void host_block_clusters(Run &run) { guest_only(run, 100, 40000); }
+void usual_clusters(Run &run) { guest_only(run, 80, 100000); }
+void never_flushes(Run &run) { guest_only(run, 200, 8192, {60, 15, 15, 0}); }
+void trims_and_rewrites(Run &run) { guest_only(run, 200, 16384, {40, 40, 10, 10}); }
 
-/// Refcount blocks and, twice, the refcount table grow: 512-byte clusters, and an image that starts small.
-Run growth(std::uint64_t seed) {
-    Run run = start(empty_image(3 * 1024 * 1024, 512), seed);
+/// Refcount blocks and the refcount table grow: 512-byte clusters, and an image that starts small.
+Bytes empty_to_grow(std::uint64_t) { return empty_image(3 * 1024 * 1024, 512); }
+void growth(Run &run) {
     RecordedGuest::Mix mix{90, 0, 5, 5};
     mix.most = 4096;
     for (std::uint64_t at = 0; at < run.image->size(); at += 64 * 1024) {
-        run.guest->write(at, 64 * 1024);
-        if (run.guest->random()() % 4 == 0)
-            run.guest->flush();
-        if (run.guest->random()() % 4 == 0)
-            run.guest->step(mix);
+        run.attempt([&] { run.guest->write(at, 64 * 1024); });
+        if (run.random()() % 4 == 0)
+            run.attempt([&] { run.guest->flush(); });
+        if (run.random()() % 4 == 0)
+            run.step(mix);
     }
-    run.guest->flush();
-    return run;
+    run.attempt([&] { run.guest->flush(); });
 }
 
-Run compaction(std::uint64_t seed) {
-    Run run = start(build_image(scattered(9, 128 * 1024, 3, seed)).bytes, seed);
-    const RecordedGuest::Mix mix;
-    compact_all(*run.image, [&] { run.guest->step(mix); });
-    run.guest->flush();
-    return run;
-}
-
-Run compaction_host_blocks(std::uint64_t seed) {
-    Run run = start(build_image(scattered(12, 512 * 1024, 2, seed)).bytes, seed);
+Bytes scattered_small(std::uint64_t seed) { return build_image(scattered(9, 128 * 1024, 3, seed)).bytes; }
+Bytes scattered_host_blocks(std::uint64_t seed) { return build_image(scattered(12, 512 * 1024, 2, seed)).bytes; }
+void compaction(Run &run) {
     RecordedGuest::Mix mix;
-    mix.most = 20000;
-    compact_all(*run.image, [&] { run.guest->step(mix); });
-    return run;
+    mix.most = run.image->geometry().cluster_size() * 8;
+    run.attempt([&] { compact_all(*run.image, [&] { run.step(mix); }); });
+    run.attempt([&] { run.guest->flush(); });
 }
 
-/// Metadata at the end of the file, most of the disk trimmed: L1, refcount table, blocks and L2 tables all move. The
-/// L1 table is several clusters long.
-Run metadata_moves(std::uint64_t seed) {
+/// Metadata at the end of the file, most of the disk unused: L1, refcount table, blocks and L2 tables all move. The L1
+/// table is several clusters long.
+Bytes metadata_at_the_end(std::uint64_t seed) {
     ImagePlan plan;
-    plan.virtual_size = 4 * 1024 * 1024; // an L1 table of 2 clusters
+    plan.virtual_size = 4 * 1024 * 1024;
     std::mt19937_64 random(seed);
+    std::uint64_t host = 20;
     for (std::uint64_t c = 0; c < plan.guest_clusters(); ++c)
         if (random() % 16 == 0 || c < 100)
-            plan.data[c] = 1 + c / 4;
-    std::uint64_t host = 20;
-    for (auto &[guest, at] : plan.data)
-        at = host += 1 + random() % 2;
+            plan.data[c] = host += 1 + random() % 2;
     plan.metadata_at = host + 1500;
     plan.table_clusters = 1 + random() % 3;
     if (random() % 2)
         plan.leaked = {host + 1400, host + 1401};
-    Run run = start(build_image(plan).bytes, seed);
+    return build_image(plan).bytes;
+}
+void metadata_moves(Run &run) {
     RecordedGuest::Mix mix{50, 20, 10, 20};
     mix.most = 3000;
     mix.end = 512 * 1024;
-    run.guest->trim(64 * 1024, 128 * 1024);
-    compact_all(*run.image, [&] {
-        if (run.guest->random()() % 4 == 0)
-            run.guest->step(mix);
+    run.attempt([&] { run.guest->trim(64 * 1024, 128 * 1024); });
+    run.attempt([&] {
+        compact_all(*run.image, [&] {
+            if (run.random()() % 4 == 0)
+                run.step(mix);
+        });
     });
-    run.guest->step(mix);
-    run.guest->flush();
-    return run;
+    run.step(mix);
+    run.attempt([&] { run.guest->flush(); });
 }
 
-Run zeroes(std::uint64_t seed) {
-    Run run = start(empty_image(128 * 1024, 512), seed);
+void zeroes(Run &run) {
     RecordedGuest::Mix mix{60, 0, 30, 10};
     mix.most = 20000;
     for (int i = 0; i < 25; ++i)
-        run.guest->step(mix);
-    run.guest->zero(0, 50000, Image::Zero::keep_space);
-    run.guest->zero(70000, 20000, Image::Zero::keep_space);
-    zero_scan_all(*run.image, [&] { run.guest->step(mix); });
-    run.guest->flush();
-    return run;
+        run.step(mix);
+    run.attempt([&] { run.guest->zero(0, 50000, Image::Zero::keep_space); });
+    run.attempt([&] { run.guest->zero(70000, 20000, Image::Zero::keep_space); });
+    run.attempt([&] { zero_scan_all(*run.image, [&] { run.step(mix); }); });
+    run.attempt([&] { run.guest->flush(); });
 }
 
-/// The guest in a thread of its own beside compaction and zero scans. Not the same twice.
-Run racing(std::uint64_t seed) {
-    Run run = start(build_image(scattered(9, 128 * 1024, 3, seed)).bytes, seed);
+/// The guest in a thread of its own beside compaction and zero scans.
+void racing(Run &run) {
     std::atomic<bool> done{false};
+    std::exception_ptr error;
     std::thread guest([&] {
-        const RecordedGuest::Mix mix{55, 20, 15, 10, 10};
-        for (int i = 0; i < 400 && !done; ++i)
-            run.guest->step(mix);
+        try {
+            for (int i = 0; i < 400 && !done; ++i)
+                run.guest->step({55, 20, 15, 10, 10});
+        } catch (...) {
+            error = std::current_exception();
+        }
     });
     for (int pass = 0; pass < 3; ++pass) {
         compact_all(*run.image);
@@ -165,17 +135,36 @@ Run racing(std::uint64_t seed) {
     }
     done = true;
     guest.join();
-    return run;
+    if (error)
+        std::rethrow_exception(error);
 }
 
-Run shutdown(std::uint64_t seed) {
-    Run run = guest_only(seed, 128 * 1024, 512, 60, {});
-    run.guest->trim(32 * 1024, 64 * 1024);
-    run.image->close();
-    return run;
+void shutdown(Run &run) {
+    guest_only(run, 60, 8192);
+    run.attempt([&] { run.guest->trim(32 * 1024, 64 * 1024); });
+    run.attempt([&] { run.image->close(); });
 }
 
 } // namespace
+
+void Run::attempt(const std::function<void()> &request) {
+    if (!tolerant)
+        return request();
+    try {
+        request();
+    } catch (const Error &error) {
+        errors.push_back(error);
+    }
+}
+
+Run start(const Workload &workload, std::uint64_t seed) {
+    Run run;
+    run.disk = std::make_shared<FaultyDisk>(workload.image(seed));
+    run.disk->record();
+    run.image = open_image(run.disk);
+    run.guest = std::make_unique<RecordedGuest>(*run.image, *run.disk, seed);
+    return run;
+}
 
 void compact_all(Image &image, const std::function<void()> &between) {
     MoveOwnership ownership;
@@ -214,18 +203,18 @@ void zero_scan_all(Image &image, const std::function<void()> &between) {
 
 const std::vector<Workload> &workloads() {
     static const std::vector<Workload> list = {
-        {"guest, 512-byte clusters", 3, small_clusters},
-        {"guest, 4 KiB clusters, version 2", 3, host_block_clusters},
-        {"guest, 64 KiB clusters", 1, usual_clusters},
-        {"guest that never flushes", 2, never_flushes},
-        {"trims and rewrites", 3, trims_and_rewrites},
-        {"growth of the refcount structures", 1, growth},
-        {"compaction beside a guest", 4, compaction},
-        {"compaction, 4 KiB clusters", 2, compaction_host_blocks},
-        {"moves of metadata", 4, metadata_moves},
-        {"zero scan beside a guest", 3, zeroes},
-        {"threads racing", 4, racing},
-        {"clean shutdown", 2, shutdown},
+        {"guest, 512-byte clusters", 3, true, empty_small, small_clusters},
+        {"guest, 4 KiB clusters, version 2", 3, true, empty_host_blocks, host_block_clusters},
+        {"guest, 64 KiB clusters", 1, true, empty_usual, usual_clusters},
+        {"guest that never flushes", 2, true, empty_small, never_flushes},
+        {"trims and rewrites", 3, true, empty_small, trims_and_rewrites},
+        {"growth of the refcount structures", 1, true, empty_to_grow, growth},
+        {"compaction beside a guest", 4, true, scattered_small, compaction},
+        {"compaction, 4 KiB clusters", 2, true, scattered_host_blocks, compaction},
+        {"moves of metadata", 4, true, metadata_at_the_end, metadata_moves},
+        {"zero scan beside a guest", 3, true, empty_small, zeroes},
+        {"threads racing", 4, false, scattered_small, racing},
+        {"clean shutdown", 2, true, empty_small, shutdown},
     };
     return list;
 }

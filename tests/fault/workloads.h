@@ -6,23 +6,39 @@
 // the same seed.
 #pragma once
 
+#include "lib/error.h"
 #include "tests/fault/recorded_guest.h"
 
 namespace qlean::fault {
 
-/// One recorded run. The image is gone; disk and guest remain to be judged.
+/// One recorded run.
 struct Run {
     std::shared_ptr<FaultyDisk> disk;
     std::unique_ptr<Image> image;
     std::unique_ptr<RecordedGuest> guest;
+    /// Errors are noted instead of thrown, and the run goes on.
+    bool tolerant = false;
+    std::vector<Error> errors;
+
+    /// Does one request, or one operation.
+    void attempt(const std::function<void()> &request);
+    void step(const RecordedGuest::Mix &mix) {
+        attempt([&] { guest->step(mix); });
+    }
+    std::mt19937_64 &random() { return guest->random(); }
 };
 
 struct Workload {
     const char *name;
     unsigned weight; ///< share of the states
-    Run (*run)(std::uint64_t seed);
+    bool repeatable; ///< the same for the same seed
+    Bytes (*image)(std::uint64_t seed);
+    void (*go)(Run &run);
 };
 const std::vector<Workload> &workloads();
+
+/// Opens the workload's image on a disk that records.
+Run start(const Workload &workload, std::uint64_t seed);
 
 /// A pass of `compact` over the whole disk: plan, do in pieces, commit, until nothing is left to do. `between` is
 /// called between the pieces.
