@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "filter/cluster_lock.h"
-#include "tests/filter/catch.h"
+#include "tests/catch.h"
 
 using namespace qlean;
 using Mode = ClusterLocks::Mode;

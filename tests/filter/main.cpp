@@ -4,7 +4,7 @@
 // The main program of the filter's unit tests, and stand-ins for what nbdkit provides to a loaded filter.
 
 #define CATCH_CONFIG_RUNNER
-#include "tests/filter/catch.h"
+#include "tests/catch.h"
 
 extern "C" void nbdkit_debug(const char *, ...) {}
 

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "filter/record.h"
-#include "tests/filter/catch.h"
+#include "tests/catch.h"
 
 using namespace qlean;
 

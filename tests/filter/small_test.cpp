@@ -10,7 +10,7 @@
 
 #include "filter/status.h"
 #include "filter/zero_payload.h"
-#include "tests/filter/catch.h"
+#include "tests/catch.h"
 
 using namespace qlean;
 

@@ -12,7 +12,7 @@
 #include <fmt/format.h>
 
 #include "filter/watcher.h"
-#include "tests/filter/catch.h"
+#include "tests/catch.h"
 
 using namespace qlean;
 
