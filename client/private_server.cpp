@@ -185,8 +185,13 @@ std::string PrivateServer::last_words() const {
         text.append(buffer, static_cast<std::size_t>(n));
     }
     // nbdkit writes "nbdkit: PLUGIN[N]: error: TEXT"; the first error is the cause, later ones are consequences.
+    // That a client hung up during the handshake is our own waiting for the socket.
     constexpr std::string_view mark = "error: ";
-    const auto at = text.find(mark);
+    auto at = text.find(mark);
+    while (at != std::string::npos &&
+           text.substr(at, text.find('\n', at) - at).find("newstyle handshake") != std::string::npos) {
+        at = text.find(mark, at + mark.size());
+    }
     std::string line = at == std::string::npos ? text : text.substr(at + mark.size());
     line = line.substr(0, line.find('\n'));
     return line;

@@ -75,10 +75,16 @@ class Image {
   private:
     explicit Image(std::unique_ptr<State> state);
 
+    /// The most that one guard of the range lock covers: bounds how long a request keeps others out.
+    static constexpr std::uint64_t data_chunk = 2 * 1024 * 1024;
+    static constexpr std::uint64_t unmap_chunk_bytes = 32 * 1024 * 1024;
+
     enum class Outcome { done, commit_first };
     Outcome write_chunk(std::span<const std::byte> from, GuestOffset at, Allocator::Growth growth);
     bool write_in_place(std::span<const std::byte> from, GuestOffset at);
-    void unmap_chunk(GuestOffset at, std::uint64_t length);
+    /// A trim is a hint, and leaves what it cannot give back; zeroing is a promise, and fails.
+    enum class Unmap { hint, promise };
+    void unmap_chunk(GuestOffset at, std::uint64_t length, Unmap how);
     void zero_piece(const Mapping &mapping, GuestOffset at, std::uint64_t length, Zero how, bool fast);
     void zero_keeping_space(GuestOffset at, std::uint64_t length, bool fast);
     void trim_edge(GuestOffset at, std::uint64_t length);

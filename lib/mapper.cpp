@@ -15,12 +15,19 @@ constexpr std::size_t batch = 64;
 
 } // namespace
 
+Mapping Mapper::judged(std::uint64_t word) const {
+    Mapping mapping = decode(word);
+    if (mapping.has_host() && mapping.host.value >= allocator_.end())
+        mapping.kind = Mapping::Kind::damaged;
+    return mapping;
+}
+
 void Mapper::require_sane(GuestCluster c, const Mapping &mapping) const {
     if (mapping.kind == Mapping::Kind::compressed)
         throw Error(Error::Kind::unsupported, EIO,
                     fmt::format("'{}': the cluster at guest offset {:#x} is compressed, which is not supported yet",
                                 file_.name(), geometry_.offset_of(c).value));
-    if (mapping.kind == Mapping::Kind::damaged || (mapping.has_host() && mapping.host.value >= allocator_.end()))
+    if (mapping.kind == Mapping::Kind::damaged)
         throw_bad_image("'{}' is damaged: the L2 entry of guest offset {:#x} points to no valid cluster; stop the "
                         "server and run 'qemu-img check'",
                         file_.name(), geometry_.offset_of(c).value);
@@ -32,7 +39,7 @@ void Mapper::resolve(GuestCluster first, std::span<Mapping> out) {
         const auto n = std::min(batch, out.size() - done);
         l2_.read(first + done, std::span(words).first(n));
         for (std::size_t i = 0; i < n; ++i) {
-            out[done + i] = decode(words[i]);
+            out[done + i] = judged(words[i]);
             require_sane(first + done + i, out[done + i]);
         }
         done += n;
@@ -42,11 +49,8 @@ void Mapper::resolve(GuestCluster first, std::span<Mapping> out) {
 void Mapper::survey(GuestCluster first, std::span<Mapping> out) {
     std::vector<std::uint64_t> words(out.size());
     l2_.read_around(first, words);
-    for (std::size_t i = 0; i < words.size(); ++i) {
-        out[i] = decode(words[i]);
-        if (out[i].has_host() && out[i].host.value >= allocator_.end())
-            out[i].kind = Mapping::Kind::damaged;
-    }
+    for (std::size_t i = 0; i < words.size(); ++i)
+        out[i] = judged(words[i]);
 }
 
 bool Mapper::ensure_table(GuestCluster c, Allocator::Growth growth) {
@@ -80,9 +84,7 @@ Mapper::Editor::Editor(Mapper &mapper, GuestCluster first, std::uint64_t count)
 }
 
 Mapping Mapper::Editor::get(GuestCluster c) const {
-    if (!exists())
-        return {};
-    const Mapping mapping = mapper_.decode(pin(c).load(c));
+    const Mapping mapping = peek(c);
     mapper_.require_sane(c, mapping);
     return mapping;
 }

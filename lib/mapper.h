@@ -42,6 +42,8 @@ class Mapper {
         /// There is a table; without one everything is unallocated and nothing may be set.
         bool exists() const { return !pins_.empty(); }
         Mapping get(GuestCluster c) const;
+        /// As get, taking an entry that cannot be used as it is instead of throwing.
+        Mapping peek(GuestCluster c) const { return exists() ? mapper_.judged(pin(c).load(c)) : Mapping{}; }
         void set(GuestCluster c, std::uint64_t word);
 
       private:
@@ -55,6 +57,8 @@ class Mapper {
 
   private:
     Mapping decode(std::uint64_t word) const { return entry::decode(word, geometry_.cluster_bits(), version_); }
+    /// Decoded; damaged if it points beyond the file.
+    Mapping judged(std::uint64_t word) const;
     void require_sane(GuestCluster c, const Mapping &mapping) const;
 
     Geometry geometry_;

@@ -15,8 +15,8 @@ namespace {
 
 /// A crash may leave refcounts for clusters that the file did not get; more than this many are damage.
 constexpr std::uint64_t max_clusters_beyond_end = std::uint64_t{1} << 26;
-/// L2 entries looked at to tell an image with compressed clusters.
-constexpr std::size_t compression_probe_tables = 16;
+/// L2 tables looked at to tell an image with compressed clusters.
+constexpr std::size_t compression_probe_tables = 64;
 
 std::vector<std::uint64_t> read_words(File &file, HostOffset at, std::uint64_t count) {
     std::vector<std::uint64_t> words(count);
@@ -61,18 +61,17 @@ void check_l1(const File &file, const Geometry &geometry, const std::vector<std:
 }
 
 void refuse_compression(File &file, const Geometry &geometry, const std::vector<std::uint64_t> &l1) {
-    std::size_t probed = 0;
-    for (const std::uint64_t raw : l1) {
-        const HostOffset table = entry::table(big_endian(raw));
-        if (table.value == 0)
-            continue;
-        if (++probed > compression_probe_tables)
-            return;
-        for (const std::uint64_t word : read_words(file, table, std::min<std::uint64_t>(geometry.l2_entries(), 8192)))
+    std::vector<HostOffset> tables;
+    for (const std::uint64_t raw : l1)
+        if (const HostOffset table = entry::table(big_endian(raw)); table.value != 0)
+            tables.push_back(table);
+    // Spread over the disk: reading every table would make opening grow with the image.
+    const std::size_t step = std::max<std::size_t>(divide_up(tables.size(), compression_probe_tables), 1);
+    for (std::size_t i = 0; i < tables.size(); i += step)
+        for (const std::uint64_t word : read_words(file, tables[i], std::min<std::uint64_t>(geometry.l2_entries(), 8192)))
             if (big_endian(word) & entry::compressed)
                 throw Error(Error::Kind::unsupported, ENOTSUP,
                             fmt::format("'{}' uses compressed clusters, which is not supported yet", file.name()));
-    }
 }
 
 /// One past the highest cluster with a refcount.

@@ -71,7 +71,7 @@ std::string make_status_page(Server &server) {
         const std::lock_guard guard(measured().mutex);
         if (m.survey) {
             const auto pinned = server.gauges.pinned.load();
-            page["clusters"] = {{"in_use", m.survey->data + m.survey->metadata},
+            page["clusters"] = {{"in_use", m.survey->data + m.survey->metadata + static_cast<std::uint64_t>(std::max<std::int64_t>(pinned, 0))},
                                 {"data", m.survey->data},
                                 {"metadata", m.survey->metadata},
                                 {"pinned", known(pinned)},

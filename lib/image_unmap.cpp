@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// Trimming and zeroing: whole clusters become unallocated, parts of one are punched or zeroed in the host's file.
+#include "error.h"
+#include "image.h"
+
+namespace qlean {
+
+namespace {
+
+/// Below this a hole in the host file frees nothing.
+constexpr std::uint64_t host_block = 4096;
+
+} // namespace
+
+template <class Edge, class Middle>
+void Image::split(GuestOffset at, std::uint64_t length, Edge &&edge, Middle &&middle) {
+    const Geometry &g = state_.geometry;
+    const GuestOffset end = at + length;
+    const GuestOffset disk_end{g.virtual_size()};
+    const GuestOffset first{round_up(at.value, g.cluster_size())};
+    // The last cluster of the disk may stick out of it: what covers the rest of the disk covers it whole.
+    const GuestOffset last = end == disk_end ? end : GuestOffset{round_down(end.value, g.cluster_size())};
+    if (first >= last && !(first == at && end == disk_end)) {
+        if (g.cluster_of(at) == g.cluster_of(end - 1)) {
+            edge(at, length);
+        } else {
+            edge(at, first - at);
+            edge(first, end - first);
+        }
+        return;
+    }
+    if (at < first)
+        edge(at, first - at);
+    for (GuestOffset from = first; from < last;) {
+        const GuestOffset table_end = g.offset_of(state_.mapper.table_end(g.cluster_of(from)));
+        const GuestOffset chunk_end = from + (unmap_chunk_bytes - from.value % unmap_chunk_bytes);
+        if (!state_.mapper.has_table(g.cluster_of(from))) {
+            // Nothing there; a table that appears meanwhile is a write that comes after this request.
+            from = std::min(last, table_end);
+            continue;
+        }
+        const GuestOffset to = std::min({last, table_end, chunk_end});
+        middle(from, to - from);
+        from = to;
+    }
+    if (last < end)
+        edge(last, end - last);
+}
+
+void Image::trim(GuestOffset at, std::uint64_t length) {
+    if (length == 0)
+        return;
+    before_change();
+    split(
+        at, length, [&](GuestOffset from, std::uint64_t n) { trim_edge(from, n); },
+        [&](GuestOffset from, std::uint64_t n) {
+            before_change();
+            unmap_chunk(from, n, Unmap::hint);
+        });
+}
+
+void Image::zero(GuestOffset at, std::uint64_t length, Zero how, bool fast) {
+    if (length == 0)
+        return;
+    before_change();
+    split(
+        at, length, [&](GuestOffset from, std::uint64_t n) { zero_edge(from, n, how, fast); },
+        [&](GuestOffset from, std::uint64_t n) {
+            before_change();
+            if (how == Zero::may_trim)
+                unmap_chunk(from, n, Unmap::promise);
+            else
+                zero_keeping_space(from, n, fast);
+        });
+}
+
+/// Whole clusters within one table become unallocated, which reads as zeroes: there is no backing file.
+void Image::unmap_chunk(GuestOffset at, std::uint64_t length, Unmap how) {
+    const Geometry &g = state_.geometry;
+    const GuestCluster first = g.cluster_of(at);
+    const std::uint64_t count = (g.cluster_of(at + (length - 1)) - first) + 1;
+    std::vector<HostRun> freed;
+    const RangeLock::Exclusive guard(state_.ranges, at, length);
+    {
+        Mapper::Editor editor(state_.mapper, first, count);
+        if (!editor.exists())
+            return;
+        // Judged before anything is changed, so that a damaged entry leaves the chunk as it was.
+        std::vector<Mapping> mappings(count);
+        for (std::uint64_t i = 0; i < count; ++i)
+            mappings[i] = how == Unmap::hint ? editor.peek(first + i) : editor.get(first + i);
+        for (std::uint64_t i = 0; i < count; ++i) {
+            if (!mappings[i].has_host())
+                continue;
+            editor.set(first + i, 0);
+            append_run(freed, {mappings[i].host, 1});
+        }
+    }
+    state_.allocator.retire(freed);
+}
+
+void Image::zero_keeping_space(GuestOffset at, std::uint64_t length, bool fast) {
+    const Geometry &g = state_.geometry;
+    const GuestCluster first = g.cluster_of(at);
+    std::vector<Mapping> mappings((g.cluster_of(at + (length - 1)) - first) + 1);
+    std::vector<HostRun> runs;
+    bool unshared = true;
+    {
+        const RangeLock::Exclusive guard(state_.ranges, at, length);
+        state_.mapper.resolve(first, mappings);
+        for (const Mapping &m : mappings) {
+            if (m.kind != Mapping::Kind::data)
+                continue;
+            if (!m.copied) { // somebody else may own it too: let go of it instead of writing there
+                unshared = false;
+                break;
+            }
+            append_run(runs, {m.host, 1});
+        }
+        if (unshared)
+            for (const HostRun &run : runs)
+                zero_host(g.offset_of(run.first), g.bytes(run.count), Zero::keep_space, fast);
+    }
+    if (!unshared)
+        unmap_chunk(at, length, Unmap::promise);
+}
+
+void Image::zero_host(HostOffset at, std::uint64_t length, Zero how, bool fast) {
+    if (how == Zero::may_trim && state_.file.punch(at, length))
+        return;
+    if (state_.file.zero_keeping_space(at, length) || state_.file.punch(at, length))
+        return;
+    if (fast)
+        throw Error(Error::Kind::unsupported, EOPNOTSUPP,
+                    fmt::format("the file system of '{}' has no fast way to zero", state_.file.name()));
+    state_.file.write_zeroes(at, length);
+}
+
+/// Part of one cluster.
+void Image::zero_edge(GuestOffset at, std::uint64_t length, Zero how, bool fast) {
+    const Geometry &g = state_.geometry;
+    {
+        const RangeLock::Exclusive guard(state_.ranges, at, length);
+        Mapping m;
+        state_.mapper.resolve(g.cluster_of(at), std::span(&m, 1));
+        if (m.reads_as_zeroes())
+            return;
+        if (m.writable_in_place()) {
+            zero_host(g.offset_of(m.host) + g.within(at), length, how, fast);
+            return;
+        }
+    }
+    // Shared with somebody: an ordinary write copies it.
+    const std::vector<std::byte> zeroes(length);
+    write(zeroes, at);
+}
+
+void Image::trim_edge(GuestOffset at, std::uint64_t length) {
+    const Geometry &g = state_.geometry;
+    const GuestOffset first{round_up(at.value, host_block)}, last{round_down(at.value + length, host_block)};
+    if (first >= last)
+        return;
+    const RangeLock::Exclusive guard(state_.ranges, at, length);
+    Mapping m;
+    state_.mapper.survey(g.cluster_of(at), std::span(&m, 1));
+    if (!m.writable_in_place())
+        return;
+    try {
+        state_.file.punch(g.offset_of(m.host) + g.within(first), last - first);
+    } catch (const Error &) {
+        // A trim is a hint: what the host cannot give back stays as it is.
+    }
+}
+
+} // namespace qlean

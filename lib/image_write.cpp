@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// Guest writes: in place where the cluster is the guest's own, else account, write, then publish.
+#include "cluster_io.h"
+#include "error.h"
+#include "image.h"
+
+#include <cstring>
+
+namespace qlean {
+
+namespace {
+
+constexpr int max_commits_for_space = 4;
+
+} // namespace
+
+void Image::write(std::span<const std::byte> from, GuestOffset at) {
+    const Geometry &g = state_.geometry;
+    while (!from.empty()) {
+        before_change();
+        const GuestOffset table_end = g.offset_of(state_.mapper.table_end(g.cluster_of(at)));
+        const auto piece =
+            from.first(std::min<std::uint64_t>({from.size(), data_chunk - at.value % data_chunk, table_end - at}));
+        {
+            auto growth = Allocator::Growth::after_commit;
+            std::uint64_t covered = state_.allocator.covered_end();
+            for (int commits = 0;;) {
+                bool full = false;
+                try {
+                    if (write_in_place(piece, at) || write_chunk(piece, at, growth) == Outcome::done)
+                        break;
+                } catch (const Error &error) {
+                    if (error.kind() != Error::Kind::no_space || commits > 0)
+                        throw;
+                    full = true;
+                }
+                // Other writers may take what a commit made room for: only commits that gain nothing count.
+                if (const auto now = state_.allocator.covered_end(); now > covered) {
+                    covered = now;
+                    commits = 0;
+                }
+                if (++commits > max_commits_for_space)
+                    throw Error(Error::Kind::no_space, ENOSPC,
+                                fmt::format("'{}' cannot grow any further", state_.file.name()));
+                growth = Allocator::Growth::now;
+                if (full)
+                    give_back();
+                else
+                    state_.write_back.commit(WriteBack::Give::back);
+            }
+        }
+        from = from.subspan(piece.size());
+        at += piece.size();
+    }
+}
+
+/// Writes where every cluster is the guest's own already; false, with nothing written, where one is not.
+bool Image::write_in_place(std::span<const std::byte> from, GuestOffset at) {
+    const Geometry &g = state_.geometry;
+    const GuestCluster first = g.cluster_of(at);
+    std::vector<Mapping> mappings((g.cluster_of(at + (from.size() - 1)) - first) + 1);
+    const RangeLock::Shared guard(state_.ranges, at, from.size());
+    state_.mapper.resolve(first, mappings);
+    for (const Mapping &m : mappings)
+        if (!m.writable_in_place())
+            return false;
+    auto writes = joined<const std::byte>([&](std::span<const std::byte> bytes, HostOffset to) { state_.file.write(bytes, to); });
+    each_cluster(g, at, from.size(), [&](std::uint64_t done, GuestCluster c, std::uint64_t within, std::uint64_t n) {
+        writes.add(from.subspan(done, n), g.offset_of(mappings[c - first].host) + within);
+    });
+    writes.finish();
+    return true;
+}
+
+/// Writes within one L2 table, giving clusters to what has none of its own: account, write, then publish.
+Image::Outcome Image::write_chunk(std::span<const std::byte> from, GuestOffset at, Allocator::Growth growth) {
+    const Geometry &g = state_.geometry;
+    const GuestCluster first = g.cluster_of(at);
+    std::vector<Mapping> mappings((g.cluster_of(at + (from.size() - 1)) - first) + 1);
+    const RangeLock::Exclusive guard(state_.ranges, at, from.size());
+    state_.mapper.resolve(first, mappings);
+
+    const auto reusable = [](const Mapping &m) { return m.kind == Mapping::Kind::zero_allocated && m.copied; };
+    std::uint64_t wanted = 0;
+    for (const Mapping &m : mappings)
+        wanted += !m.writable_in_place() && !reusable(m);
+    if (!state_.mapper.ensure_table(first, growth))
+        return Outcome::commit_first;
+    Allocator::Reservation reserved;
+    if (wanted > 0) {
+        reserved = state_.allocator.reserve(wanted, growth);
+        if (reserved.empty())
+            return Outcome::commit_first;
+    }
+
+    // Where each cluster goes, and whether what surrounds the guest's bytes there reads as zeroes already.
+    struct Place {
+        HostCluster host;
+        bool zero;
+    };
+    std::vector<Place> places;
+    places.reserve(mappings.size());
+    auto extent = reserved.extents().begin();
+    std::uint64_t used = 0;
+    for (const Mapping &m : mappings) {
+        if (m.writable_in_place() || reusable(m)) {
+            places.push_back({m.host, false});
+            continue;
+        }
+        places.push_back({extent->run.first + used, extent->zero});
+        if (++used == extent->run.count) {
+            ++extent;
+            used = 0;
+        }
+    }
+
+    auto writes = joined<const std::byte>([&](std::span<const std::byte> bytes, HostOffset to) { state_.file.write(bytes, to); });
+    std::vector<std::byte> whole;
+    each_cluster(g, at, from.size(), [&](std::uint64_t done, GuestCluster c, std::uint64_t within, std::uint64_t n) {
+        const Mapping &m = mappings[c - first];
+        const Place &place = places[c - first];
+        const HostOffset to = g.offset_of(place.host);
+        const bool covers = n == g.cluster_size();
+        const bool needs_old = m.kind == Mapping::Kind::data && !m.copied;
+        if (m.writable_in_place() || covers || (place.zero && !needs_old)) {
+            writes.add(from.subspan(done, n), to + within);
+            return;
+        }
+        // The rest of the cluster has to be written as well: what the guest saw there before, or zeroes.
+        writes.finish();
+        whole.assign(g.cluster_size(), std::byte{0});
+        if (needs_old)
+            state_.file.read(whole, g.offset_of(m.host));
+        std::memcpy(whole.data() + within, from.data() + done, n);
+        state_.file.write(whole, to);
+    });
+    writes.finish();
+
+    std::vector<HostRun> replaced;
+    {
+        Mapper::Editor editor(state_.mapper, first, mappings.size());
+        if (!editor.exists())
+            return Outcome::commit_first; // the table was empty and has been given back meanwhile
+        for (std::size_t i = 0; i < mappings.size(); ++i) {
+            const Mapping &m = mappings[i];
+            if (m.writable_in_place())
+                continue;
+            editor.set(first + i, entry::data(g.offset_of(places[i].host)));
+            if (m.has_host() && m.host != places[i].host)
+                append_run(replaced, {m.host, 1});
+        }
+    }
+    reserved.publish();
+    state_.allocator.retire(replaced);
+    return Outcome::done;
+}
+
+} // namespace qlean
