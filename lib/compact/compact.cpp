@@ -23,7 +23,7 @@ Compact::Compact(Image &image, MoveOwnership &ownership, Gauges &gauges, std::ui
 
 Compact::~Compact() {
     try {
-        if (moved_since_commit_.load() != 0)
+        if (moved_ != 0)
             image_.give_back();
     } catch (...) {
         // The background commit tries again and reports.
@@ -177,13 +177,29 @@ Compact::Work Compact::find_work(GuestCluster first, GuestCluster last, HostClus
     return work;
 }
 
-void Compact::commit_if_much(std::uint64_t moved) {
-    const std::uint64_t total = moved_since_commit_.fetch_add(moved) + moved;
-    const std::uint64_t file = state_.geometry.bytes(state_.allocator.end());
-    if (total < std::clamp(file / file_share, min_moved_bytes, max_moved_bytes))
-        return;
-    moved_since_commit_ = 0;
-    image_.give_back();
+/// Keeps what was moved and still occupies its source within bounds: `bytes` may be moved when this returns. Requests
+/// in parallel that come to the limit wait for the one that gives back, or they would fill the host's disk meanwhile.
+void Compact::wait_for_room(std::uint64_t bytes) {
+    const std::uint64_t limit = std::max(
+        bytes, std::clamp(state_.geometry.bytes(state_.allocator.end()) / file_share, min_moved_bytes, max_moved_bytes));
+    for (;;) {
+        std::uint64_t taken = unreturned_;
+        while (taken + bytes <= limit)
+            if (unreturned_.compare_exchange_weak(taken, taken + bytes))
+                return;
+        const std::lock_guard guard(commit_mutex_);
+        if (unreturned_ + bytes <= limit)
+            continue;
+        const std::uint64_t returned = moved_;
+        image_.give_back();
+        has_returned(returned);
+    }
+}
+
+/// With commit_mutex_ held: of what was moved, `bytes` have been given back.
+void Compact::has_returned(std::uint64_t bytes) {
+    moved_ -= bytes;
+    unreturned_ -= bytes;
 }
 
 /// A move may need space on the host before it gives any back: on a full disk, what was moved so far gives it.
@@ -225,12 +241,22 @@ void Compact::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) {
         bool used = false;
         auto destination = room.extents().front();
         destination.run.count = 1;
-        if (relocate_on_full_disk(cluster, source, destination, &used) != Moved::yes || !used)
+        wait_for_room(g.cluster_size());
+        bool moved = false;
+        try {
+            moved = relocate_on_full_disk(cluster, source, destination, &used) == Moved::yes && used;
+        } catch (...) {
+            unreturned_ -= g.cluster_size();
+            throw;
+        }
+        if (!moved) {
+            unreturned_ -= g.cluster_size();
             continue;
+        }
+        moved_ += g.cluster_size();
         room.take_first();
         append_run(written, destination.run);
         gauges_.moved_bytes += g.cluster_size();
-        commit_if_much(g.cluster_size());
     }
     for (const HostRun &run : written)
         state_.file.start_writing_out(g.offset_of(run.first), g.bytes(run.count));
@@ -244,7 +270,7 @@ void Compact::commit(const StopCheck &stop) {
     ownership_.claim(name_, connection_);
     prepare(stop);
     const std::lock_guard commit_guard(commit_mutex_);
-    moved_since_commit_ = 0;
+    const std::uint64_t returned = moved_;
     const std::uint64_t end_before = state_.allocator.end();
 
     std::set<std::uint64_t> empty;
@@ -288,6 +314,7 @@ void Compact::commit(const StopCheck &stop) {
     while (state_.allocator.punch_step(step_bytes))
         require_going(stop);
     gauges_.given_back_bytes += g.bytes(end_before - std::min(end_before, state_.allocator.end()));
+    has_returned(returned);
     const std::lock_guard guard(mutex_);
     measure();
 }

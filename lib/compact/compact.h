@@ -38,7 +38,8 @@ class Compact final : public Maintenance {
     Work find_work(GuestCluster first, GuestCluster last, HostCluster end);
     bool table_moves_with(GuestCluster c, const std::vector<Mapping> &mappings, GuestCluster first, HostCluster end);
     Moved relocate_on_full_disk(GuestCluster c, HostCluster source, const Allocator::Extent &destination, bool *used);
-    void commit_if_much(std::uint64_t moved);
+    void wait_for_room(std::uint64_t bytes);
+    void has_returned(std::uint64_t bytes);
     void measure();
     void retire_leaked();
 
@@ -57,8 +58,9 @@ class Compact final : public Maintenance {
     std::set<std::uint64_t> empty_tables_;
     std::uint64_t pinned_ = 0;
 
-    std::mutex commit_mutex_; // one commit() at a time
-    std::atomic<std::uint64_t> moved_since_commit_{0};
+    std::mutex commit_mutex_; // one at a time gives back what was moved
+    std::atomic<std::uint64_t> unreturned_{0}; ///< bytes being moved, or moved and their sources not punched yet
+    std::atomic<std::uint64_t> moved_{0};      ///< of these, moved; lowered with commit_mutex_ held
 };
 
 } // namespace qlean

@@ -119,7 +119,7 @@ TEST_CASE("A7: a freed cluster that the host would not punch is not taken for ze
     s.image->write(bytes_of(100, 0x11), {3 * 64 * kib + 1000}); // takes one of them for a part of a cluster
     Bytes expected(64 * kib);
     std::fill_n(expected.begin() + 1000, 100, std::byte{0x11});
-    CHECK(read_some(*s.image, 3 * 64 * kib, 64 * kib) == expected);
+    CHECK((read_some(*s.image, 3 * 64 * kib, 64 * kib) == expected));
 }
 
 TEST_CASE("A7: after a truncation that failed, what grows there is not taken for zeroes") {
@@ -204,7 +204,7 @@ TEST_CASE("A cluster is not reused while a read of its old content is under way"
     reading.release();
     read.join();
     trim.join();
-    CHECK(got == old);
+    CHECK((got == old));
 }
 
 TEST_CASE("B3: nothing is punched or cut off in one step of more than 32 MiB, and no more is moved and uncommitted") {
