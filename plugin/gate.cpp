@@ -20,13 +20,27 @@ namespace {
 /// How long nbdkit may take to end when nobody is connected.
 constexpr auto patience = std::chrono::seconds(2);
 
-int wake_fd = -1; // a signal handler may use nothing but this
+/// How long making the image durable may take after an abort, which may have left anything locked.
+constexpr unsigned abort_seconds = 10;
+
+// A signal handler may use nothing but these.
+int wake_fd = -1;
+volatile std::sig_atomic_t aborting = 0;
 
 void on_signal(int) {
     const int saved = errno;
     const std::uint64_t one = 1;
     [[maybe_unused]] const auto n = ::write(wake_fd, &one, sizeof one);
     errno = saved;
+}
+
+/// nbdkit 1.32 aborts when a client dies at the wrong moment. What the guest was told is written need not be lost with
+/// it: this thread stops here, and the one that waits for signals ends the process in order.
+void on_abort(int signal) {
+    aborting = 1;
+    on_signal(signal);
+    for (;;)
+        ::pause();
 }
 
 } // namespace
@@ -48,6 +62,11 @@ void Gate::own_signals(std::function<bool()> leave) {
         std::uint64_t count;
         while (::read(wake_fd, &count, sizeof count) == -1 && errno == EINTR) {
         }
+        if (aborting) {
+            ::alarm(abort_seconds); // should a lock have died with the thread: SIGALRM ends the process
+            shut(leave);
+            ::_exit(128 + SIGABRT);
+        }
         const bool well = shut(leave);
         if (well && connections_.load() == 0) {
             nbdkit_shutdown();
@@ -61,6 +80,8 @@ void Gate::own_signals(std::function<bool()> leave) {
     sigemptyset(&action.sa_mask);
     for (const int signal : {SIGTERM, SIGINT, SIGHUP, SIGQUIT})
         ::sigaction(signal, &action, nullptr);
+    action.sa_handler = on_abort;
+    ::sigaction(SIGABRT, &action, nullptr);
 }
 
 } // namespace qlean::plugin
