@@ -24,8 +24,8 @@ class Gate {
 
     /// Takes over SIGTERM, SIGINT, SIGHUP and SIGQUIT: on the first, `leave` runs once no request does. Then the
     /// process ends, with status 0 if `leave` returned true: by itself while clients are connected, for nbdkit would
-    /// answer what is held with errors; through nbdkit, which lets filters finish their work, when there are none. Call
-    /// after nbdkit has forked.
+    /// answer what is held with errors; through nbdkit, which lets filters finish their work, when there are none.
+    /// SIGABRT ends in order too where that is possible, with status 134. Call after nbdkit has forked.
     void own_signals(std::function<bool()> leave);
     void connected() { connections_.fetch_add(1); }
     void disconnected() { connections_.fetch_sub(1); }
