@@ -268,6 +268,8 @@ std::uint64_t WriteBack::last_region_wanted(std::uint64_t end, std::uint64_t tab
 }
 
 void WriteBack::link_ahead() {
+    if (header_.header().autoclear != 0)
+        return; // nothing has changed yet, so nothing grows; and nothing may be written before these bits are cleared
     const std::uint64_t region_clusters = refcounts_.region_clusters();
     const std::uint64_t end = allocator_.end(), covered = allocator_.covered_end();
     if (covered >= end + margin(refcounts_.table_clusters()) / 2)
