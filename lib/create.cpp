@@ -47,7 +47,7 @@ void create_image(File &file, const CreateOptions &options) {
     header.refcount_table_offset = geometry.offset_of(table);
     header.refcount_table_clusters = static_cast<std::uint32_t>(table_clusters);
     header.l1_offset = geometry.offset_of(l1);
-    header.l1_size = static_cast<std::uint32_t>(l1_entries);
+    header.l1_size = static_cast<std::uint32_t>(std::max<std::uint64_t>(l1_entries, 1)); // its cluster is not a leak
 
     file.truncate(geometry.bytes(total));
     std::vector<std::byte> entries(blocks * 8);
