@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// The rules of compaction as a whole: what moves when and when it is done (C1), where to (C2), who may and how it is
+// stopped (C2, C3), tables of nothing (C9).
+#include "lib/byte_order.h"
+#include "tests/fault/scene_moves.h"
+
+using namespace qlean;
+using namespace qlean::fault;
+
+TEST_CASE("C1: what has no guest offset moves in the commit; done is an empty plan and nothing pending") {
+    const BuiltImage built = build_image(metadata_last());
+    Scene s(built.bytes);
+    {
+        Compact compact(*s.image, s.ownership, s.gauges, 7);
+        const auto plan = compact.plan({0}, s.image->size(), 1000);
+        // The first mapped cluster of each table that has to move stands for the table.
+        for (std::uint64_t table = 0; table < 4; ++table) {
+            const std::uint64_t first = divide_up(table * 64, 3) * 3 * cluster;
+            CHECK(std::any_of(plan.begin(), plan.end(), [&](const auto &p) {
+                return p.to_do && p.at.value <= first && first < p.at.value + p.length;
+            }));
+        }
+        CHECK(s.gauges.pending > 0);
+    }
+    compact(s);
+    CHECK(s.gauges.pending == 0);
+    Compact again(*s.image, s.ownership, s.gauges, 8);
+    for (const auto &p : again.plan({0}, s.image->size(), 1000))
+        CHECK_FALSE(p.to_do);
+    CHECK(judge(s.disk->bytes()).clean());
+    CHECK(s.disk->length() == static_cast<std::uint64_t>(s.gauges.ideal_end.load()));
+}
+
+TEST_CASE("C2: moves only go down, below E and from at or above it, and the passes end") {
+    Scene s(build_image(metadata_last()).bytes);
+    Compact compact(*s.image, s.ownership, s.gauges, 7);
+    (void)compact.plan({0}, s.image->size(), 1000);
+    const auto ideal = static_cast<std::uint64_t>(s.gauges.ideal_end.load());
+    std::atomic<std::uint64_t> wrong{0};
+    const int hook = s.disk->add_hook(true, [&](const Request &r) {
+        if (r.op == Op::write && r.at + r.length > ideal)
+            ++wrong;
+    });
+    for (const auto &p : compact.plan({0}, s.image->size(), 1000))
+        if (p.to_do)
+            compact.run(p.at, p.length, never);
+    s.disk->remove_hook(hook);
+    CHECK(wrong == 0);
+    for (const auto &p : compact.plan({0}, s.image->size(), 1000))
+        CHECK_FALSE(p.to_do);
+    compact.commit(never);
+}
+
+TEST_CASE("C2: while E is set the guest's allocations stay below it as long as anything is free there") {
+    Scene s(build_image(metadata_last()).bytes);
+    Compact compact(*s.image, s.ownership, s.gauges, 7);
+    (void)compact.plan({0}, s.image->size(), 1000);
+    const std::uint64_t ideal = static_cast<std::uint64_t>(s.gauges.ideal_end.load());
+    const std::uint64_t room = s.image->state().allocator.free_below({ideal / cluster});
+    REQUIRE(room > 10);
+    std::atomic<std::uint64_t> above{0};
+    const int hook = s.disk->add_hook(true, [&](const Request &r) { above += r.op == Op::write && r.at >= ideal; });
+    for (std::uint64_t i = 0; i < room; ++i)
+        s.image->write(bytes_of(cluster, 3), {(i * 3 + 1) * cluster});
+    s.disk->remove_hook(hook);
+    CHECK(above == 0);
+}
+
+TEST_CASE("C2: a CACHE puts its clusters in guest order, whatever goes on in parallel") {
+    ImagePlan plan;
+    plan.virtual_size = 4 * 64 * cluster;
+    for (std::uint64_t c = 0; c < 4 * 64; ++c)
+        plan.data[c] = 1500 - c * 4; // backwards
+    Scene s(build_image(plan).bytes);
+    Compact compact(*s.image, s.ownership, s.gauges, 7);
+    (void)compact.plan({0}, s.image->size(), 1000);
+    {
+        std::vector<std::unique_ptr<Beside>> requests;
+        for (std::uint64_t part = 0; part < 4; ++part)
+            requests.emplace_back(std::make_unique<Beside>())->start([&, part] {
+                compact.run({part * 64 * cluster}, 64 * cluster, never);
+            });
+        for (auto &request : requests)
+            request->join();
+    }
+    std::uint64_t neighbours = 0, moved = 0;
+    for (std::uint64_t part = 0; part < 4; ++part) {
+        std::vector<Mapping> mappings(64);
+        s.image->state().mapper.survey({part * 64}, mappings);
+        const std::uint64_t ideal = static_cast<std::uint64_t>(s.gauges.ideal_end.load()) / cluster;
+        for (std::size_t i = 1; i < mappings.size(); ++i)
+            if (mappings[i].host.value < ideal && mappings[i].host > mappings[i - 1].host) {
+                ++moved;
+                neighbours += mappings[i].host == mappings[i - 1].host + 1;
+            }
+    }
+    CHECK(moved > 100);
+    CHECK(neighbours * 10 > moved * 7); // there are holes where the old ones lay
+}
+
+TEST_CASE("C2: one connection moves at a time; the other is told who, and gets it when that one leaves") {
+    Scene s(build_image(metadata_last()).bytes);
+    auto first = std::make_unique<Compact>(*s.image, s.ownership, s.gauges, 3);
+    Compact second(*s.image, s.ownership, s.gauges, 4);
+    (void)first->plan({0}, s.image->size(), 1000);
+    (void)second.plan({0}, s.image->size(), 1000); // looking is free
+    first->run({0}, cluster, never);
+    for (const auto &request :
+         std::vector<std::function<void()>>{[&] { second.run({0}, cluster, never); }, [&] { second.commit(never); }}) {
+        try {
+            request();
+            FAIL("two connections moved clusters at once");
+        } catch (const Error &error) {
+            CHECK(error.errno_value() == EPERM);
+            CHECK(contains(error.what(), "connection 3"));
+        }
+    }
+    first.reset();
+    second.run({0}, cluster, never);
+    CHECK(s.ownership.owner()->connection == 4);
+}
+
+TEST_CASE("C3: a stop is noticed between clusters, with ESHUTDOWN, and what was done stays sound") {
+    Scene s(build_image(metadata_last()).bytes);
+    Compact compact(*s.image, s.ownership, s.gauges, 7);
+    (void)compact.plan({0}, s.image->size(), 1000);
+    int asked = 0;
+    const StopCheck stop = [&] { return ++asked > 5; };
+    try {
+        compact.run({0}, s.image->size(), stop);
+        compact.commit(stop);
+        FAIL("it did not stop");
+    } catch (const Error &error) {
+        CHECK(error.kind() == Error::Kind::stopped);
+        CHECK(error.errno_value() == ESHUTDOWN);
+    }
+    CHECK(asked == 6);
+    s.guest->check(0, s.image->size());
+    s.image->flush();
+    CHECK(judge(s.disk->bytes()).sound());
+}
+
+TEST_CASE("C3: the walks read around the cache, with what is dirty overlaid") {
+    ImagePlan plan;
+    plan.virtual_size = 400 * 64 * cluster;
+    for (std::uint64_t table = 0; table < 400; ++table)
+        plan.data[table * 64] = 8 + table;
+    Scene s(build_image(plan).bytes, 4096);
+    s.image->write(bytes_of(cluster, 1), {5 * cluster}); // an entry that only memory has
+    const auto before = s.image->state().l2.memory_bytes();
+    std::vector<Mapping> mappings(400 * 64);
+    s.image->state().mapper.survey({0}, mappings);
+    CHECK(mappings[5].kind == Mapping::Kind::data);
+    CHECK(mappings[399 * 64].kind == Mapping::Kind::data);
+    Compact compact(*s.image, s.ownership, s.gauges, 7);
+    (void)compact.plan({0}, s.image->size(), 100000);
+    CHECK(s.image->state().l2.memory_bytes() <= before + 64 * 1024);
+}
+
+TEST_CASE("C9: without a backing file a table of unallocated and zero entries is empty, and goes") {
+    ImagePlan plan;
+    plan.virtual_size = 4 * 64 * cluster;
+    for (std::uint64_t c = 0; c < 64; ++c)
+        plan.data[c] = 10 + c;
+    for (std::uint64_t c = 64; c < 4 * 64; ++c)
+        plan.zero.push_back(c); // as QEMU trims
+    Scene s(build_image(plan).bytes);
+    compact(s);
+    const Bytes now = s.disk->bytes();
+    const auto l1 = load_be<std::uint64_t>(now, 40);
+    CHECK(load_be<std::uint64_t>(now, l1) != 0);
+    for (std::uint64_t i = 1; i < 4; ++i)
+        CHECK(load_be<std::uint64_t>(now, l1 + i * 8) == 0);
+    CHECK(judge(now).clean());
+    s.guest->check(0, s.image->size());
+}
