@@ -123,9 +123,10 @@ void Allocator::add_free(std::uint64_t c, bool zero) {
     lowest_ = std::min(lowest_, c);
 }
 
-void Allocator::take_lowest(std::uint64_t count, std::uint64_t limit, std::vector<Extent> &extents) {
+void Allocator::take_lowest(std::uint64_t count, std::uint64_t limit, std::vector<Extent> &extents,
+                            std::uint64_t floor) {
     limit = std::min(limit, end());
-    std::uint64_t c = lowest_;
+    std::uint64_t c = std::max(lowest_, floor);
     while (count > 0 && free_count_ > 0 && c < limit) {
         const std::uint64_t word = free_.word(c / 64) >> (c % 64);
         if (word == 0) {
@@ -143,6 +144,8 @@ void Allocator::take_lowest(std::uint64_t count, std::uint64_t limit, std::vecto
         --count;
         ++c;
     }
+    if (floor > lowest_)
+        return; // what lies between was not looked at
     lowest_ = std::min(c, end());
     if (embargo_.count != 0)
         lowest_ = std::min(lowest_, embargo_.first.value);
@@ -215,18 +218,18 @@ Allocator::Reservation Allocator::reserve(std::uint64_t count, Growth growth) {
     }
 }
 
-Allocator::Reservation Allocator::reserve_below(std::uint64_t count, HostCluster limit) {
+Allocator::Reservation Allocator::reserve_below(std::uint64_t count, HostCluster limit, HostCluster floor) {
     const std::lock_guard guard(mutex_);
     std::vector<Extent> extents;
-    take_lowest(count, limit.value, extents);
+    take_lowest(count, limit.value, extents, floor.value);
     return finish(std::move(extents));
 }
 
-Allocator::Reservation Allocator::reserve_contiguous_below(std::uint64_t count, HostCluster limit) {
+Allocator::Reservation Allocator::reserve_contiguous_below(std::uint64_t count, HostCluster limit, HostCluster floor) {
     const std::lock_guard guard(mutex_);
     const std::uint64_t stop = std::min(limit.value, end());
     std::uint64_t run = 0;
-    for (std::uint64_t c = lowest_; c < stop; ++c) {
+    for (std::uint64_t c = std::max(lowest_, floor.value); c < stop; ++c) {
         run = free_.get(c) ? run + 1 : 0;
         if (run < count)
             continue;

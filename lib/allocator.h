@@ -67,10 +67,11 @@ class Allocator {
     /// Reserves `count` clusters, lowest first, in as few runs as that gives. Empty: commit, giving back, and try
     /// again. Throws Error (no_space) if the host cannot extend the file.
     Reservation reserve(std::uint64_t count, Growth growth);
-    /// Up to `count` clusters below `limit`, lowest first; never grows the file.
-    Reservation reserve_below(std::uint64_t count, HostCluster limit);
-    /// Exactly `count` adjacent clusters below `limit`, or none. The only way to get what is under embargo.
-    Reservation reserve_contiguous_below(std::uint64_t count, HostCluster limit);
+    /// Up to `count` clusters below `limit` (and not below `floor`), lowest first; never grows the file.
+    Reservation reserve_below(std::uint64_t count, HostCluster limit, HostCluster floor = {0});
+    /// Exactly `count` adjacent clusters below `limit` (and not below `floor`), or none. The only way to get what is
+    /// under embargo.
+    Reservation reserve_contiguous_below(std::uint64_t count, HostCluster limit, HostCluster floor = {0});
 
     /// From now on nobody is handed a cluster of `run` (empty: lifted), so that it can be emptied for a table.
     void embargo(HostRun run);
@@ -152,7 +153,7 @@ class Allocator {
 
     std::uint64_t regions() const { return divide_up(end_, refcounts_.region_clusters()); }
     // With the mutex held:
-    void take_lowest(std::uint64_t count, std::uint64_t limit, std::vector<Extent> &extents);
+    void take_lowest(std::uint64_t count, std::uint64_t limit, std::vector<Extent> &extents, std::uint64_t floor = 0);
     void take(std::uint64_t c, std::vector<Extent> &extents);
     void untake(std::vector<Extent> &extents);
     void add_free(std::uint64_t c, bool zero);

@@ -15,6 +15,7 @@ constexpr std::uint64_t max_moved_bytes = 32 * 1024 * 1024;
 constexpr std::uint64_t min_moved_bytes = 1024 * 1024;
 constexpr std::uint64_t step_bytes = 32 * 1024 * 1024;
 constexpr std::uint64_t file_share = 128;
+constexpr int max_rounds = 8;
 
 } // namespace
 
@@ -180,8 +181,8 @@ Compact::Work Compact::find_work(GuestCluster first, GuestCluster last, HostClus
 /// Keeps what was moved and still occupies its source within bounds: `bytes` may be moved when this returns. Requests
 /// in parallel that come to the limit wait for the one that gives back, or they would fill the host's disk meanwhile.
 void Compact::wait_for_room(std::uint64_t bytes) {
-    const std::uint64_t limit = std::max(
-        bytes, std::clamp(state_.geometry.bytes(state_.allocator.end()) / file_share, min_moved_bytes, max_moved_bytes));
+    const std::uint64_t limit = std::max(bytes, std::clamp(state_.geometry.bytes(state_.allocator.end()) / file_share,
+                                                           min_moved_bytes, max_moved_bytes));
     for (;;) {
         std::uint64_t taken = unreturned_;
         while (taken + bytes <= limit)
@@ -264,26 +265,52 @@ void Compact::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) {
 
 // --- committing ---------------------------------------------------------------------------------------------------
 
+void Compact::cut(const StopCheck &stop) {
+    while (state_.allocator.truncate_step(step_bytes, HostCluster{0}))
+        require_going(stop);
+}
+
 void Compact::commit(const StopCheck &stop) {
-    const Geometry &g = state_.geometry;
     state_.write_back.before_change();
     ownership_.claim(name_, connection_);
     prepare(stop);
     const std::lock_guard commit_guard(commit_mutex_);
     const std::uint64_t returned = moved_;
     const std::uint64_t end_before = state_.allocator.end();
-
-    std::set<std::uint64_t> empty;
-    Layout layout;
     {
         const std::lock_guard guard(mutex_);
         retire_leaked();
+    }
+    // One thing makes room for the next: what is dropped for what moves, what moved for the cut, the cut for what is
+    // dropped then.
+    for (int round = 0; round < max_rounds; ++round) {
+        Layout before;
+        {
+            const std::lock_guard guard(mutex_);
+            before = layout_;
+        }
+        const std::uint64_t end = state_.allocator.end();
+        settle_metadata(before, stop);
+        const std::lock_guard guard(mutex_);
+        measure();
+        if (layout_.pending == 0 || (layout_.pending >= before.pending && state_.allocator.end() >= end && round > 0))
+            break;
+    }
+    while (state_.allocator.punch_step(step_bytes))
+        require_going(stop);
+    gauges_.given_back_bytes += state_.geometry.bytes(end_before - std::min(end_before, state_.allocator.end()));
+    has_returned(returned);
+}
+
+/// One round over what has no guest offset, in bounded steps, then the cut.
+void Compact::settle_metadata(const Layout &layout, const StopCheck &stop) {
+    std::set<std::uint64_t> empty;
+    {
+        const std::lock_guard guard(mutex_);
         empty = std::exchange(empty_tables_, {});
-        layout = layout_;
     }
     state_.write_back.commit(WriteBack::Give::back);
     require_going(stop);
-
     if (layout.pending > 0 || !empty.empty()) {
         struct EmbargoEnds {
             Allocator &allocator;
@@ -294,29 +321,28 @@ void Compact::commit(const StopCheck &stop) {
                 state_.write_back.commit(WriteBack::Give::back);
         }
         state_.write_back.lead([&] {
-            const std::uint64_t most = std::max<std::uint64_t>(step_bytes / g.cluster_size(), 1);
+            const std::uint64_t most = std::max<std::uint64_t>(step_bytes / state_.geometry.cluster_size(), 1);
             for (const std::uint64_t i : empty)
                 drop_empty_table(state_, i);
             std::uint64_t moved = 0;
             for (std::uint64_t i = 0; i < state_.l1.size() && moved < most; ++i)
                 moved += move_l2_table(state_, i, layout.end);
             state_.write_back.commit_as_leader(WriteBack::Give::back);
-            drop_refcount_blocks(state_, layout);
             move_l1_table(state_, layout);
             move_refcount_table(state_, layout);
             move_refcount_blocks(state_, layout, most);
             state_.write_back.commit_as_leader(WriteBack::Give::back);
         });
     }
-    // The tail goes without being punched first; what is free below it is punched.
-    while (state_.allocator.truncate_step(step_bytes, HostCluster{0}))
-        require_going(stop);
-    while (state_.allocator.punch_step(step_bytes))
-        require_going(stop);
-    gauges_.given_back_bytes += g.bytes(end_before - std::min(end_before, state_.allocator.end()));
-    has_returned(returned);
-    const std::lock_guard guard(mutex_);
-    measure();
+    // The tail goes without being punched first; what is free below it is punched. Blocks that describe nothing but
+    // what was cut go then, and may have been the last thing at the end.
+    cut(stop);
+    state_.write_back.lead([&] {
+        drop_refcount_blocks(state_);
+        if (state_.allocator.retired_bytes() != 0)
+            state_.write_back.commit_as_leader(WriteBack::Give::back);
+    });
+    cut(stop);
 }
 
 } // namespace qlean

@@ -41,6 +41,8 @@ class Compact final : public Maintenance {
     void wait_for_room(std::uint64_t bytes);
     void has_returned(std::uint64_t bytes);
     void measure();
+    void settle_metadata(const Layout &layout, const StopCheck &stop);
+    void cut(const StopCheck &stop);
     void retire_leaked();
 
     Image &image_;

@@ -21,6 +21,11 @@ void write_table_entry(State &state, std::uint64_t region, HostOffset block) {
 
 std::uint64_t l1_clusters(const State &state) { return state.geometry.clusters_for(state.l1.size() * 8); }
 
+/// What lies from here on is described by blocks that will be dropped.
+HostCluster first_region_to_go(const State &state, const Layout &layout) {
+    return {(layout.last_region + 1) * state.refcounts.region_clusters()};
+}
+
 bool beyond(const State &state, HostOffset home, std::uint64_t clusters, HostCluster end) {
     return clusters > 0 && state.geometry.cluster_of(home).value + clusters > end.value;
 }
@@ -66,15 +71,15 @@ void drop_empty_table(State &state, std::uint64_t i) {
     state.allocator.retire({{home, 1}});
 }
 
-void drop_refcount_blocks(State &state, const Layout &layout) {
+void drop_refcount_blocks(State &state) {
     std::vector<HostRun> dropped;
     std::vector<std::uint64_t> regions;
     for (const auto &[region, cluster] : state.refcounts.blocks()) {
-        if (region <= layout.last_region)
-            continue;
         bool gone = false;
         state.allocator.with_fixed_length([&, region = region](std::uint64_t end) {
-            if (end > region * state.refcounts.region_clusters())
+            // One that the file as it is should have would only be linked again by the next commit.
+            const std::uint64_t last = state.write_back.last_region_wanted(end, state.refcounts.table_clusters());
+            if (end > region * state.refcounts.region_clusters() || region <= last)
                 return;
             // In memory first: from here on the file does not grow into the region.
             state.refcounts.set_block(region, HostOffset{0});
@@ -102,12 +107,17 @@ void move_refcount_blocks(State &state, const Layout &layout, std::uint64_t most
     };
     std::vector<Move> moves;
     std::vector<Allocator::Reservation> reserved;
+    // A block that will be dropped may lie in the region it describes, and so keep the file from being cut to where it
+    // can be dropped; or below E, where there is room for everything but such blocks. It waits in between.
+    const HostCluster first_to_go = first_region_to_go(state, layout);
     for (const auto &[region, cluster] : state.refcounts.blocks()) {
-        if (cluster < layout.end || moves.size() >= most)
+        const bool goes = region > layout.last_region;
+        const HostCluster floor = goes ? layout.end : HostCluster{0}, limit = goes ? first_to_go : layout.end;
+        if ((cluster >= floor && cluster < limit) || moves.size() >= most)
             continue;
-        auto room = state.allocator.reserve_below(1, layout.end);
+        auto room = state.allocator.reserve_below(1, limit, floor);
         if (room.empty())
-            break;
+            continue;
         moves.push_back({region, cluster, room.extents().front().run.first});
         reserved.push_back(std::move(room));
     }
@@ -140,11 +150,21 @@ void move_refcount_table(State &state, const Layout &layout) {
     const std::uint64_t now = state.refcounts.table_clusters();
     if (layout.table_clusters == now && !beyond(state, state.refcounts.home(), now, layout.end))
         return;
-    const std::uint64_t entries = g.bytes(layout.table_clusters) / 8;
+    // As long as blocks that go are still there it must keep its length, and waits where they do: otherwise a table at
+    // the end would keep the file from being cut to where they can be dropped.
+    const HostCluster first_to_go = first_region_to_go(state, layout);
+    std::uint64_t clusters = layout.table_clusters;
+    HostCluster floor{0}, limit = layout.end;
     for (const auto &[region, cluster] : state.refcounts.blocks())
-        if (region >= entries)
-            return; // a block that could not be dropped still needs the larger table
-    auto room = state.allocator.reserve_contiguous_below(layout.table_clusters, layout.end);
+        if (region >= g.bytes(clusters) / 8) {
+            if (g.cluster_of(state.refcounts.home()) + now <= first_to_go)
+                return;
+            clusters = now;
+            floor = layout.end;
+            limit = first_to_go;
+        }
+    const std::uint64_t entries = g.bytes(clusters) / 8;
+    auto room = state.allocator.reserve_contiguous_below(clusters, limit, floor);
     if (room.empty())
         return;
     const HostOffset home = g.offset_of(room.extents().front().run.first);
@@ -156,7 +176,7 @@ void move_refcount_table(State &state, const Layout &layout) {
     state.write_back.switch_as_leader([&] {
         state.header.update([&](Header &h) {
             h.refcount_table_offset = home;
-            h.refcount_table_clusters = static_cast<std::uint32_t>(layout.table_clusters);
+            h.refcount_table_clusters = static_cast<std::uint32_t>(clusters);
         });
     });
     state.refcounts.set_table(home, entries);
