@@ -294,8 +294,7 @@ TEST_CASE("cloud-hypervisor#8597: refcount structures that grew and shrank leave
     rig.finish();
 }
 
-TEST_CASE("cloud-hypervisor#8597: compaction of a file of many regions makes it shorter, and comes to an end",
-          "[open]") {
+TEST_CASE("cloud-hypervisor#8597: compaction of a file of many regions makes it shorter, and comes to an end") {
     ImagePlan plan; // 46 refcount blocks
     plan.virtual_size = 4 * 1024 * 1024;
     for (std::uint64_t c = 0; c < plan.guest_clusters(); c += 3)

@@ -49,7 +49,7 @@ TEST_CASE("UTM#4377: reclaiming needs next to no additional space on the way, an
     rig.finish();
 }
 
-TEST_CASE("UTM#4377: a refcount block that lies in its own region does not keep the file long", "[open]") {
+TEST_CASE("UTM#4377: a refcount block that lies in its own region does not keep the file long") {
     ImagePlan plan;
     plan.cluster_bits = 12;
     plan.virtual_size = 512 * cluster;
