@@ -7,7 +7,6 @@
 #include "lib/byte_order.h"
 
 #include <cstring>
-#include <thread>
 
 using namespace qlean;
 using namespace qlean::fault;
@@ -340,10 +339,10 @@ TEST_CASE("cloud-hypervisor#8621: two queues want the same new L2 table, and get
 TEST_CASE("cloud-hypervisor#8621: eight queues with small requests in the same clusters") {
     Rig rig(empty_image(2 * 1024 * 1024, 65536));
     constexpr std::uint64_t queues = 8, block = 4096;
-    std::vector<std::thread> threads;
     std::atomic<unsigned> wrong{0};
+    std::vector<Beside> threads(queues);
     for (std::uint64_t queue = 0; queue < queues; ++queue)
-        threads.emplace_back([&, queue] {
+        threads[queue].start([&, queue] {
             std::mt19937_64 random(queue);
             for (int i = 0; i < 600; ++i) {
                 // Of each 16 blocks that share a cluster every queue has two.

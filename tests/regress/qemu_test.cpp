@@ -7,7 +7,6 @@
 #include "lib/byte_order.h"
 
 #include <cstring>
-#include <thread>
 
 using namespace qlean;
 using namespace qlean::fault;
@@ -211,10 +210,10 @@ TEST_CASE("QEMU b70d0820: an L2 cache that is far too small is slow, and nothing
         plan.data[c] = 400 + c * 5 % 8192;
     Rig rig(build_image(plan).bytes, 1);
     constexpr std::uint64_t queues = 4;
-    std::vector<std::thread> threads;
     std::atomic<unsigned> wrong{0};
+    std::vector<Beside> threads(queues);
     for (std::uint64_t queue = 0; queue < queues; ++queue)
-        threads.emplace_back([&, queue] {
+        threads[queue].start([&, queue] {
             std::mt19937_64 random(queue);
             for (int i = 0; i < 1500; ++i) {
                 // Each queue has every fourth cluster.
