@@ -47,6 +47,9 @@ void Compact::prepare(const StopCheck &stop) {
         watch_ = std::move(watch);
     state_.allocator.load_all();
     measure();
+    // A free tail, such as a killed server leaves, is worth a FLUSH even if nothing moves.
+    if (state_.allocator.highest_in_use({0}).value < state_.allocator.end())
+        gauges_.pending = static_cast<std::int64_t>(++layout_.pending);
     prepared_ = true;
 }
 

@@ -57,16 +57,21 @@ writer() { # until $W/stop: files written, written over, deleted and hashed
 writer &
 writer=$!
 PIDS+=("$writer")
-started() { [ "$(cat "$W/rounds" 2>/dev/null || echo 0)" -ge 5 ]; }
+rounds() { # the writer may be rewriting the file just now
+    local n
+    until n=$(cat "$W/rounds" 2>/dev/null) && [ -n "$n" ]; do sleep 0.01; done
+    echo "$n"
+}
+started() { [ "$(rounds)" -ge 5 ]; }
 eventually 20 started || fail "the writer does not write"
-from=$(cat "$W/rounds")
+from=$(rounds)
 compact
 compact
 kill -0 $writer 2>/dev/null || fail "the writer failed beside compaction"
-[ "$(cat "$W/rounds")" -gt "$from" ] || fail "nothing was written during compaction"
+[ "$(rounds)" -gt "$from" ] || fail "nothing was written during compaction"
 touch "$W/stop"
 wait $writer || fail "the writer failed"
-say "compacted beside $(($(cat "$W/rounds") - from)) rounds of the writer, length $long -> $(length "$image")"
+say "compacted beside $(($(rounds) - from)) rounds of the writer, length $long -> $(length "$image")"
 
 umount "$W/mnt"
 blockdev --flushbufs "$loop"
