@@ -88,6 +88,16 @@ eventually() {
 # --- images -----------------------------------------------------------------------------------------------------
 
 create() { qemu-img create -q -f qcow2 "$@"; } # create [-o OPTIONS] FILE SIZE
+# create_luks FILE SIZE [-o OPTIONS]: encrypted, with the passphrase open-sesame. qemu-img measures the processor to choose the
+# cost of the key, and gives up by chance where the host's clock is coarse ("Unable to get accurate CPU usage").
+create_luks() {
+    local try file=$1 size=$2
+    shift 2
+    for try in $(seq 40); do
+        create --object secret,id=k,data=open-sesame -o encrypt.format=luks,encrypt.key-secret=k,encrypt.iter-time=10 "$@" "$file" "$size" 2>"$W/create_luks.txt" && return 0
+    done
+    fail "no LUKS image after $try attempts: $(cat "$W/create_luks.txt")"
+}
 length() { stat -c %s "$1"; }
 allocated() { echo $(($(stat -c '%b * %B' "$1"))); }
 sha() { sha256sum <"$1" | cut -d' ' -f1; }

@@ -37,7 +37,7 @@ refused snapshot 'snapshot'
 create "$W/bitmap.qcow2" 16M
 qemu-img bitmap --add "$W/bitmap.qcow2" one
 refused bitmap 'bitmap'
-create --object secret,id=k,data=open-sesame -o encrypt.format=luks,encrypt.key-secret=k,encrypt.iter-time=10 "$W/luks.qcow2" 16M
+create_luks "$W/luks.qcow2" 16M
 refused luks 'encrypt|luks'
 create "$W/dirty.qcow2" 16M
 printf '\x01' | dd of="$W/dirty.qcow2" bs=1 seek=79 conv=notrunc status=none
