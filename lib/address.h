@@ -73,8 +73,9 @@ constexpr std::uint64_t round_up(std::uint64_t n, std::uint64_t to) { return div
 /// The sizes that follow from a header (docs/interop/qcow2, "Header" and "Cluster mapping"). Immutable.
 class Geometry {
   public:
-    Geometry(unsigned cluster_bits, unsigned refcount_order, std::uint64_t virtual_size)
-        : cluster_bits_(cluster_bits), refcount_order_(refcount_order), virtual_size_(virtual_size) {}
+    Geometry(unsigned cluster_bits, unsigned refcount_order, std::uint64_t virtual_size, bool subclusters = false)
+        : cluster_bits_(cluster_bits), refcount_order_(refcount_order), virtual_size_(virtual_size),
+          subclusters_(subclusters) {}
 
     std::uint64_t cluster_size() const { return std::uint64_t{1} << cluster_bits_; }
     unsigned cluster_bits() const { return cluster_bits_; }
@@ -93,7 +94,12 @@ class Geometry {
     std::uint64_t bytes(std::uint64_t clusters) const { return clusters << cluster_bits_; }
     std::uint64_t clusters_for(std::uint64_t bytes) const { return divide_up(bytes, cluster_size()); }
 
-    std::uint64_t l2_entries() const { return cluster_size() / 8; }
+    /// Extended L2 entries: each cluster is 32 subclusters with states of their own.
+    bool has_subclusters() const { return subclusters_; }
+    std::uint64_t subcluster_size() const { return cluster_size() / 32; }
+    /// 64-bit words of an L2 entry, and entries of an L2 table.
+    std::uint64_t entry_words() const { return subclusters_ ? 2 : 1; }
+    std::uint64_t l2_entries() const { return cluster_size() / (8 * entry_words()); }
     std::uint64_t l1_entries() const { return divide_up(guest_clusters(), l2_entries()); }
     std::uint64_t l1_index(GuestCluster c) const { return c.value / l2_entries(); }
     std::uint64_t l2_index(GuestCluster c) const { return c.value % l2_entries(); }
@@ -106,6 +112,7 @@ class Geometry {
     unsigned cluster_bits_;
     unsigned refcount_order_;
     std::uint64_t virtual_size_;
+    bool subclusters_;
 };
 
 } // namespace qlean

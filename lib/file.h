@@ -36,6 +36,8 @@ class File {
     /// Makes the host keep space for [at, at+length), so that writing there cannot run out of it. Where the host has no
     /// such promise, nothing happens.
     virtual void reserve_space(HostOffset at, std::uint64_t length) = 0;
+    /// A hole, and what was never written below the end of the file, reads as zeroes.
+    virtual bool holes_are_zeroes() const { return true; }
     virtual std::uint64_t length() = 0;
     /// Bytes the host has allocated for the file.
     virtual std::uint64_t allocated() = 0;
@@ -51,13 +53,15 @@ class File {
     void write_zeroes(HostOffset at, std::uint64_t length);
 };
 
-/// Numbers the syncs of a file, so that "durable" can be asserted instead of believed.
+/// Numbers the syncs of an image, so that "durable" can be asserted instead of believed. Where the guest's data has a
+/// file of its own, a sync covers that first.
 ///
 /// A write is covered only by a sync that *started* after the write returned; needs() taken after a write is the
 /// number of the first such sync. Only the commit leader calls sync(); the other members may be called by anybody.
 class SyncLog {
   public:
-    explicit SyncLog(File &file) : file_(file) {}
+    explicit SyncLog(File &file) : SyncLog(file, file) {}
+    SyncLog(File &file, File &data) : file_(file), data_(data) {}
 
     /// The first sync that covers everything written before this call.
     std::uint64_t needs() const { return started_.load(std::memory_order_seq_cst) + 1; }
@@ -66,12 +70,15 @@ class SyncLog {
 
     void sync() {
         const auto number = started_.fetch_add(1, std::memory_order_seq_cst) + 1;
+        if (&data_ != &file_)
+            data_.sync();
         file_.sync();
         completed_.store(number, std::memory_order_release);
     }
 
   private:
     File &file_;
+    File &data_;
     std::atomic<std::uint64_t> started_{0};
     std::atomic<std::uint64_t> completed_{0};
 };

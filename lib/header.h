@@ -7,6 +7,7 @@
 #pragma once
 
 #include "address.h"
+#include "l2_entry.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -65,7 +66,10 @@ struct Header {
     std::uint8_t compression_type = 0;
     std::vector<HeaderExtension> extensions;
 
-    Geometry geometry() const { return {cluster_bits, refcount_order, virtual_size}; }
+    bool has_subclusters() const { return incompatible & incompatible_extended_l2; }
+    bool has_data_file() const { return incompatible & incompatible_data_file; }
+    Geometry geometry() const { return {cluster_bits, refcount_order, virtual_size, has_subclusters()}; }
+    EntryFormat entry_format() const { return {cluster_bits, version, has_subclusters(), has_data_file()}; }
     bool has_unknown_extension() const;
     const HeaderExtension *extension(std::uint32_t type) const;
 

@@ -42,14 +42,14 @@ void Image::read(std::span<std::byte> into, GuestOffset at) {
         mappings.resize((g.cluster_of(at + (piece.size() - 1)) - first) + 1);
         const RangeLock::Shared guard(state_.ranges, at, piece.size());
         state_.mapper.resolve(first, mappings);
-        auto reads = joined<std::byte>([&](std::span<std::byte> bytes, HostOffset from) { state_.file.read(bytes, from); });
+        auto reads = joined<std::byte>([&](std::span<std::byte> bytes, HostOffset from) { state_.data.read(bytes, from); });
         each_cluster(g, at, piece.size(),
                      [&](std::uint64_t done, GuestCluster c, std::uint64_t within, std::uint64_t n) {
                          const Mapping &mapping = mappings[c - first];
                          if (mapping.kind == Mapping::Kind::data)
                              reads.add(piece.subspan(done, n), g.offset_of(mapping.host) + within);
                          else
-                             std::memset(piece.data() + done, 0, n);
+                             state_.contents.read(c, mapping, within, piece.subspan(done, n));
                      });
         reads.finish();
         into = into.subspan(piece.size());
@@ -71,7 +71,7 @@ std::vector<Image::Extent> Image::extents(GuestOffset at, std::uint64_t length, 
             else
                 found.push_back({from, to - from, allocated, zero});
         };
-        if (!state_.mapper.has_table(first)) {
+        if (!state_.mapper.has_table(first) && !state_.contents.has_below()) {
             // A table that appears meanwhile is a write that came after this answer.
             stop = std::min(end, g.offset_of(state_.mapper.table_end(first)));
             add(at, stop, false, true);
@@ -81,7 +81,8 @@ std::vector<Image::Extent> Image::extents(GuestOffset at, std::uint64_t length, 
             state_.mapper.resolve(first, mappings);
             each_cluster(g, at, stop - at, [&](std::uint64_t done, GuestCluster c, std::uint64_t, std::uint64_t n) {
                 const Mapping &m = mappings[c - first];
-                add(at + done, at + (done + n), m.has_host(), m.reads_as_zeroes());
+                const bool has_data = m.has_host() || m.kind == Mapping::Kind::compressed;
+                add(at + done, at + (done + n), has_data, state_.contents.is_zero(c, m));
             });
         }
         at = stop;
@@ -105,7 +106,7 @@ void Image::prefetch(GuestOffset at, std::uint64_t length) {
         state_.mapper.resolve(first, mappings);
         each_cluster(g, at, stop - at, [&](std::uint64_t, GuestCluster c, std::uint64_t within, std::uint64_t n) {
             if (mappings[c - first].kind == Mapping::Kind::data)
-                state_.file.will_need(g.offset_of(mappings[c - first].host) + within, n);
+                state_.data.will_need(g.offset_of(mappings[c - first].host) + within, n);
         });
         at = stop;
     }

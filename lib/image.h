@@ -43,8 +43,9 @@ class Image {
     enum class Zero { keep_space, may_trim };
     /// Makes the range read as zeroes. With `fast`, throws Error with ENOTSUP instead of writing zeroes out.
     void zero(GuestOffset at, std::uint64_t length, Zero how, bool fast);
-    /// Gives back what the range occupies: whole clusters become unallocated, the rest is punched where the host can.
-    /// The range reads as anything it was or zeroes after. Never fails for its alignment.
+    /// Gives back what the range occupies: whole clusters become unallocated (zero clusters, where something lies below
+    /// the image), the rest is punched where the host can. Each byte of the range reads as it was or as zero after; never
+    /// as what lies below. Never fails for its alignment.
     void trim(GuestOffset at, std::uint64_t length);
     void flush();
 
@@ -80,12 +81,14 @@ class Image {
     static constexpr std::uint64_t unmap_chunk_bytes = 32 * 1024 * 1024;
 
     enum class Outcome { done, commit_first };
+    void with_room(const std::function<Outcome(Allocator::Growth)> &change);
     Outcome write_chunk(std::span<const std::byte> from, GuestOffset at, Allocator::Growth growth);
     bool write_in_place(std::span<const std::byte> from, GuestOffset at);
     /// A trim is a hint, and leaves what it cannot give back; zeroing is a promise, and fails.
     enum class Unmap { hint, promise };
-    void unmap_chunk(GuestOffset at, std::uint64_t length, Unmap how);
-    void zero_piece(const Mapping &mapping, GuestOffset at, std::uint64_t length, Zero how, bool fast);
+    void unmap(GuestOffset at, std::uint64_t length, Unmap how);
+    Outcome unmap_chunk(GuestOffset at, std::uint64_t length, Unmap how, Allocator::Growth growth);
+    void write_zeroes(GuestOffset at, std::uint64_t length);
     void zero_keeping_space(GuestOffset at, std::uint64_t length, bool fast);
     void trim_edge(GuestOffset at, std::uint64_t length);
     void zero_edge(GuestOffset at, std::uint64_t length, Zero how, bool fast);

@@ -36,7 +36,7 @@ void Image::split(GuestOffset at, std::uint64_t length, Edge &&edge, Middle &&mi
     for (GuestOffset from = first; from < last;) {
         const GuestOffset table_end = g.offset_of(state_.mapper.table_end(g.cluster_of(from)));
         const GuestOffset chunk_end = from + (unmap_chunk_bytes - from.value % unmap_chunk_bytes);
-        if (!state_.mapper.has_table(g.cluster_of(from))) {
+        if (!state_.mapper.has_table(g.cluster_of(from)) && !state_.contents.has_below()) {
             // Nothing there; a table that appears meanwhile is a write that comes after this request.
             from = std::min(last, table_end);
             continue;
@@ -57,7 +57,7 @@ void Image::trim(GuestOffset at, std::uint64_t length) {
         at, length, [&](GuestOffset from, std::uint64_t n) { trim_edge(from, n); },
         [&](GuestOffset from, std::uint64_t n) {
             before_change();
-            unmap_chunk(from, n, Unmap::hint);
+            unmap(from, n, Unmap::hint);
         });
 }
 
@@ -70,35 +70,65 @@ void Image::zero(GuestOffset at, std::uint64_t length, Zero how, bool fast) {
         [&](GuestOffset from, std::uint64_t n) {
             before_change();
             if (how == Zero::may_trim)
-                unmap_chunk(from, n, Unmap::promise);
+                unmap(from, n, Unmap::promise);
             else
                 zero_keeping_space(from, n, fast);
         });
 }
 
-/// Whole clusters within one table become unallocated, which reads as zeroes: there is no backing file.
-void Image::unmap_chunk(GuestOffset at, std::uint64_t length, Unmap how) {
+/// Whole clusters within one table give up what they hold. Where something lies below it must not show: they become
+/// zero clusters; version 2 has none, so there a trim does nothing, and zeroes are written.
+void Image::unmap(GuestOffset at, std::uint64_t length, Unmap how) {
+    if (state_.contents.has_below() && state_.mapper.format().version < 3) {
+        if (how == Unmap::promise)
+            write_zeroes(at, length);
+        return;
+    }
+    with_room([&](Allocator::Growth growth) { return unmap_chunk(at, length, how, growth); });
+}
+
+Image::Outcome Image::unmap_chunk(GuestOffset at, std::uint64_t length, Unmap how, Allocator::Growth growth) {
     const Geometry &g = state_.geometry;
+    const bool has_below = state_.contents.has_below();
     const GuestCluster first = g.cluster_of(at);
     const std::uint64_t count = (g.cluster_of(at + (length - 1)) - first) + 1;
     std::vector<HostRun> freed;
     const RangeLock::Exclusive guard(state_.ranges, at, length);
+    if (!state_.mapper.ensure_table(first, growth, has_below ? Mapper::Missing::create : Mapper::Missing::leave))
+        return Outcome::commit_first;
     {
         Mapper::Editor editor(state_.mapper, first, count);
         if (!editor.exists())
-            return;
+            return has_below ? Outcome::commit_first : Outcome::done;
         // Judged before anything is changed, so that a damaged entry leaves the chunk as it was.
         std::vector<Mapping> mappings(count);
         for (std::uint64_t i = 0; i < count; ++i)
             mappings[i] = how == Unmap::hint ? editor.peek(first + i) : editor.get(first + i);
         for (std::uint64_t i = 0; i < count; ++i) {
-            if (!mappings[i].has_host())
+            const Mapping &m = mappings[i];
+            if (m.kind == Mapping::Kind::damaged)
                 continue;
-            editor.set(first + i, 0);
-            append_run(freed, {mappings[i].host, 1});
+            if (!m.has_host() && state_.contents.is_zero(first + i, m))
+                continue;
+            if (has_below)
+                editor.set_zero(first + i);
+            else
+                editor.set_unallocated(first + i);
+            state_.mapper.append_references(freed, m);
         }
     }
     state_.allocator.retire(freed);
+    return Outcome::done;
+}
+
+/// Writes zeroes as a guest would, in pieces.
+void Image::write_zeroes(GuestOffset at, std::uint64_t length) {
+    const std::vector<std::byte> zeroes(std::min(length, data_chunk));
+    for (std::uint64_t done = 0; done < length;) {
+        const std::uint64_t n = std::min<std::uint64_t>(length - done, zeroes.size());
+        write(std::span(zeroes).first(n), at + done);
+        done += n;
+    }
 }
 
 void Image::zero_keeping_space(GuestOffset at, std::uint64_t length, bool fast) {
@@ -111,9 +141,9 @@ void Image::zero_keeping_space(GuestOffset at, std::uint64_t length, bool fast) 
         const RangeLock::Exclusive guard(state_.ranges, at, length);
         state_.mapper.resolve(first, mappings);
         for (const Mapping &m : mappings) {
-            if (m.kind != Mapping::Kind::data)
+            if (state_.contents.is_zero(first + (&m - mappings.data()), m))
                 continue;
-            if (!m.copied) { // somebody else may own it too: let go of it instead of writing there
+            if (!m.writable_in_place()) { // somebody else may own it too: let go of it instead of writing there
                 unshared = false;
                 break;
             }
@@ -124,18 +154,18 @@ void Image::zero_keeping_space(GuestOffset at, std::uint64_t length, bool fast) 
                 zero_host(g.offset_of(run.first), g.bytes(run.count), Zero::keep_space, fast);
     }
     if (!unshared)
-        unmap_chunk(at, length, Unmap::promise);
+        unmap(at, length, Unmap::promise);
 }
 
 void Image::zero_host(HostOffset at, std::uint64_t length, Zero how, bool fast) {
-    if (how == Zero::may_trim && state_.file.punch(at, length))
+    if (how == Zero::may_trim && state_.data.punch(at, length))
         return;
-    if (state_.file.zero_keeping_space(at, length) || state_.file.punch(at, length))
+    if (state_.data.zero_keeping_space(at, length) || state_.data.punch(at, length))
         return;
     if (fast)
         throw Error(Error::Kind::unsupported, EOPNOTSUPP,
                     fmt::format("the file system of '{}' has no fast way to zero", state_.file.name()));
-    state_.file.write_zeroes(at, length);
+    state_.data.write_zeroes(at, length);
 }
 
 /// Part of one cluster.
@@ -145,7 +175,7 @@ void Image::zero_edge(GuestOffset at, std::uint64_t length, Zero how, bool fast)
         const RangeLock::Exclusive guard(state_.ranges, at, length);
         Mapping m;
         state_.mapper.resolve(g.cluster_of(at), std::span(&m, 1));
-        if (m.reads_as_zeroes())
+        if (state_.contents.is_zero(g.cluster_of(at), m))
             return;
         if (m.writable_in_place()) {
             zero_host(g.offset_of(m.host) + g.within(at), length, how, fast);
@@ -153,8 +183,7 @@ void Image::zero_edge(GuestOffset at, std::uint64_t length, Zero how, bool fast)
         }
     }
     // Shared with somebody: an ordinary write copies it.
-    const std::vector<std::byte> zeroes(length);
-    write(zeroes, at);
+    write_zeroes(at, length);
 }
 
 void Image::trim_edge(GuestOffset at, std::uint64_t length) {
@@ -168,7 +197,7 @@ void Image::trim_edge(GuestOffset at, std::uint64_t length) {
     if (!m.writable_in_place())
         return;
     try {
-        state_.file.punch(g.offset_of(m.host) + g.within(first), last - first);
+        state_.data.punch(g.offset_of(m.host) + g.within(first), last - first);
     } catch (const Error &) {
         // A trim is a hint: what the host cannot give back stays as it is.
     }

@@ -23,36 +23,41 @@ void Image::write(std::span<const std::byte> from, GuestOffset at) {
         const GuestOffset table_end = g.offset_of(state_.mapper.table_end(g.cluster_of(at)));
         const auto piece =
             from.first(std::min<std::uint64_t>({from.size(), data_chunk - at.value % data_chunk, table_end - at}));
-        {
-            auto growth = Allocator::Growth::after_commit;
-            std::uint64_t covered = state_.allocator.covered_end();
-            for (int commits = 0;;) {
-                bool full = false;
-                try {
-                    if (write_in_place(piece, at) || write_chunk(piece, at, growth) == Outcome::done)
-                        break;
-                } catch (const Error &error) {
-                    if (error.kind() != Error::Kind::no_space || commits > 0)
-                        throw;
-                    full = true;
-                }
-                // Other writers may take what a commit made room for: only commits that gain nothing count.
-                if (const auto now = state_.allocator.covered_end(); now > covered) {
-                    covered = now;
-                    commits = 0;
-                }
-                if (++commits > max_commits_for_space)
-                    throw Error(Error::Kind::no_space, ENOSPC,
-                                fmt::format("'{}' cannot grow any further", state_.file.name()));
-                growth = Allocator::Growth::now;
-                if (full)
-                    give_back();
-                else
-                    state_.write_back.commit(WriteBack::Give::back);
-            }
-        }
+        with_room([&](Allocator::Growth growth) {
+            return write_in_place(piece, at) ? Outcome::done : write_chunk(piece, at, growth);
+        });
         from = from.subspan(piece.size());
         at += piece.size();
+    }
+}
+
+/// Does `change`, committing to get room where there is none. No lock held.
+void Image::with_room(const std::function<Outcome(Allocator::Growth)> &change) {
+    auto growth = Allocator::Growth::after_commit;
+    std::uint64_t covered = state_.allocator.covered_end();
+    for (int commits = 0;;) {
+        bool full = false;
+        try {
+            if (change(growth) == Outcome::done)
+                return;
+        } catch (const Error &error) {
+            if (error.kind() != Error::Kind::no_space || commits > 0)
+                throw;
+            full = true;
+        }
+        // Other writers may take what a commit made room for: only commits that gain nothing count.
+        if (const auto now = state_.allocator.covered_end(); now > covered) {
+            covered = now;
+            commits = 0;
+        }
+        if (++commits > max_commits_for_space)
+            throw Error(Error::Kind::no_space, ENOSPC,
+                        fmt::format("'{}' cannot grow any further", state_.file.name()));
+        growth = Allocator::Growth::now;
+        if (full)
+            give_back();
+        else
+            state_.write_back.commit(WriteBack::Give::back);
     }
 }
 
@@ -66,7 +71,7 @@ bool Image::write_in_place(std::span<const std::byte> from, GuestOffset at) {
     for (const Mapping &m : mappings)
         if (!m.writable_in_place())
             return false;
-    auto writes = joined<const std::byte>([&](std::span<const std::byte> bytes, HostOffset to) { state_.file.write(bytes, to); });
+    auto writes = joined<const std::byte>([&](std::span<const std::byte> bytes, HostOffset to) { state_.data.write(bytes, to); });
     each_cluster(g, at, from.size(), [&](std::uint64_t done, GuestCluster c, std::uint64_t within, std::uint64_t n) {
         writes.add(from.subspan(done, n), g.offset_of(mappings[c - first].host) + within);
     });
@@ -100,6 +105,7 @@ Image::Outcome Image::write_chunk(std::span<const std::byte> from, GuestOffset a
         HostCluster host;
         bool zero;
     };
+    const bool fresh_is_zero = state_.data.holes_are_zeroes();
     std::vector<Place> places;
     places.reserve(mappings.size());
     auto extent = reserved.extents().begin();
@@ -109,21 +115,21 @@ Image::Outcome Image::write_chunk(std::span<const std::byte> from, GuestOffset a
             places.push_back({m.host, false});
             continue;
         }
-        places.push_back({extent->run.first + used, extent->zero});
+        places.push_back({extent->run.first + used, extent->zero && fresh_is_zero});
         if (++used == extent->run.count) {
             ++extent;
             used = 0;
         }
     }
 
-    auto writes = joined<const std::byte>([&](std::span<const std::byte> bytes, HostOffset to) { state_.file.write(bytes, to); });
+    auto writes = joined<const std::byte>([&](std::span<const std::byte> bytes, HostOffset to) { state_.data.write(bytes, to); });
     std::vector<std::byte> whole;
     each_cluster(g, at, from.size(), [&](std::uint64_t done, GuestCluster c, std::uint64_t within, std::uint64_t n) {
         const Mapping &m = mappings[c - first];
         const Place &place = places[c - first];
         const HostOffset to = g.offset_of(place.host);
         const bool covers = n == g.cluster_size();
-        const bool needs_old = m.kind == Mapping::Kind::data && !m.copied;
+        const bool needs_old = !m.writable_in_place() && !state_.contents.is_zero(c, m);
         if (m.writable_in_place() || covers || (place.zero && !needs_old)) {
             writes.add(from.subspan(done, n), to + within);
             return;
@@ -132,9 +138,9 @@ Image::Outcome Image::write_chunk(std::span<const std::byte> from, GuestOffset a
         writes.finish();
         whole.assign(g.cluster_size(), std::byte{0});
         if (needs_old)
-            state_.file.read(whole, g.offset_of(m.host));
+            state_.contents.read(c, m, 0, whole);
         std::memcpy(whole.data() + within, from.data() + done, n);
-        state_.file.write(whole, to);
+        state_.data.write(whole, to);
     });
     writes.finish();
 
@@ -147,9 +153,9 @@ Image::Outcome Image::write_chunk(std::span<const std::byte> from, GuestOffset a
             const Mapping &m = mappings[i];
             if (m.writable_in_place())
                 continue;
-            editor.set(first + i, entry::data(g.offset_of(places[i].host)));
-            if (m.has_host() && m.host != places[i].host)
-                append_run(replaced, {m.host, 1});
+            editor.set_data(first + i, places[i].host);
+            if (!reusable(m))
+                state_.mapper.append_references(replaced, m);
         }
     }
     reserved.publish();

@@ -13,13 +13,14 @@ namespace qlean {
 
 namespace {
 
-constexpr std::uint64_t max_slice_entries = 512;
+constexpr std::uint64_t max_slice_words = 512;
 
 } // namespace
 
 L2Cache::L2Cache(const Geometry &geometry, File &file, const SyncLog &syncs, L1Table &l1, std::uint64_t limit)
     : geometry_(geometry), file_(file), syncs_(syncs), l1_(l1),
-      slice_entries_(std::min(geometry.l2_entries(), max_slice_entries)),
+      entry_words_(geometry.entry_words()),
+      slice_entries_(std::min(geometry.l2_entries(), max_slice_words / geometry.entry_words())),
       keys_(divide_up(geometry.guest_clusters(), slice_entries_)),
       shard_limit_(std::max<std::uint64_t>(limit / slice_bytes() / shard_count, 4)) {
     // Untouched pages of the directory cost nothing, so opening does not grow with the image.
@@ -36,7 +37,13 @@ HostOffset L2Cache::home(std::uint64_t key) const {
     return l1_.table(table_of_slice(key)) + key % slices_per_table() * slice_bytes();
 }
 
-bool L2Cache::peek(std::uint64_t key, std::uint64_t first, std::span<std::uint64_t> out) {
+L2Words L2Cache::entry_of(const Slice &slice, std::uint64_t i) const {
+    if (entry_words_ == 1)
+        return {slice.words[i].load(std::memory_order_acquire), 0};
+    return {slice.words[2 * i].load(std::memory_order_acquire), slice.words[2 * i + 1].load(std::memory_order_acquire)};
+}
+
+bool L2Cache::peek(std::uint64_t key, std::uint64_t first, std::span<L2Words> out) {
     if (key >= keys_)
         return false; // beyond the disk: never cached, never changed
     Slice *slice = directory_[key].load(std::memory_order_acquire);
@@ -46,7 +53,7 @@ bool L2Cache::peek(std::uint64_t key, std::uint64_t first, std::span<std::uint64
     if (slice->key.load(std::memory_order_acquire) != key)
         return false;
     for (std::size_t i = 0; i < out.size(); ++i)
-        out[i] = slice->words[first + i].load(std::memory_order_acquire);
+        out[i] = entry_of(*slice, first + i);
     // Giving a slice up raises its turn before a word of it changes: an unchanged turn vouches for all that was read.
     if (slice->turn.load(std::memory_order_acquire) != turn)
         return false;
@@ -55,7 +62,7 @@ bool L2Cache::peek(std::uint64_t key, std::uint64_t first, std::span<std::uint64
     return true;
 }
 
-void L2Cache::read(GuestCluster first, std::span<std::uint64_t> out) {
+void L2Cache::read(GuestCluster first, std::span<L2Words> out) {
     while (!out.empty()) {
         const std::uint64_t key = slice_of(first), at = first.value % slice_entries_;
         const auto piece = out.first(std::min<std::uint64_t>(out.size(), slice_entries_ - at));
@@ -63,11 +70,11 @@ void L2Cache::read(GuestCluster first, std::span<std::uint64_t> out) {
             const std::uint64_t table = table_of_slice(key);
             const std::shared_lock guard(l1_.lock(table));
             if (l1_.table(table).value == 0) {
-                std::fill(piece.begin(), piece.end(), 0);
+                std::fill(piece.begin(), piece.end(), L2Words{});
             } else {
                 Slice *slice = load(key);
                 for (std::size_t i = 0; i < piece.size(); ++i)
-                    piece[i] = slice->words[at + i].load(std::memory_order_acquire);
+                    piece[i] = entry_of(*slice, at + i);
                 slice->pins.fetch_sub(1, std::memory_order_release);
             }
         }
@@ -76,7 +83,7 @@ void L2Cache::read(GuestCluster first, std::span<std::uint64_t> out) {
     }
 }
 
-void L2Cache::read_around(GuestCluster first, std::span<std::uint64_t> out) {
+void L2Cache::read_around(GuestCluster first, std::span<L2Words> out) {
     while (!out.empty()) {
         const std::uint64_t key = slice_of(first), at = first.value % slice_entries_;
         const auto piece = out.first(std::min<std::uint64_t>(out.size(), slice_entries_ - at));
@@ -84,13 +91,15 @@ void L2Cache::read_around(GuestCluster first, std::span<std::uint64_t> out) {
             const std::uint64_t table = table_of_slice(key);
             const std::shared_lock guard(l1_.lock(table));
             if (l1_.table(table).value == 0)
-                std::fill(piece.begin(), piece.end(), 0);
+                std::fill(piece.begin(), piece.end(), L2Words{});
             else if (!peek(key, at, piece)) {
                 // Not in memory, so the file has it, unless the table is too new to be there. A slice that is
                 // loaded, changed and written while this reads yields its words from before or after the change.
-                std::vector<std::uint64_t> words(slice_entries_);
+                std::vector<std::uint64_t> words(slice_words());
                 fill_from_file(key, words);
-                std::copy_n(words.begin() + static_cast<std::ptrdiff_t>(at), piece.size(), piece.begin());
+                for (std::size_t i = 0; i < piece.size(); ++i)
+                    piece[i] = entry_words_ == 1 ? L2Words{words[at + i], 0}
+                                                 : L2Words{words[2 * (at + i)], words[2 * (at + i) + 1]};
             }
         }
         out = out.subspan(piece.size());
@@ -135,7 +144,7 @@ L2Cache::Slice *L2Cache::take_free(Shard &shard) {
         }
     }
     auto slice = std::make_unique<Slice>();
-    slice->words = std::make_unique<std::atomic<std::uint64_t>[]>(slice_entries_);
+    slice->words = std::make_unique<std::atomic<std::uint64_t>[]>(slice_words());
     shard.slices.push_back(std::move(slice));
     slices_made_.fetch_add(1, std::memory_order_relaxed);
     return shard.slices.back().get();
@@ -159,7 +168,7 @@ L2Cache::Slice *L2Cache::load(std::uint64_t key) {
     slice->pins.fetch_add(1, std::memory_order_relaxed);
     s.loading.push_back(key);
     guard.unlock();
-    std::vector<std::uint64_t> words(slice_entries_);
+    std::vector<std::uint64_t> words(slice_words());
     std::exception_ptr error;
     try {
         fill_from_file(key, words);
@@ -196,15 +205,18 @@ L2Cache::Pin::~Pin() {
         slice_->pins.fetch_sub(1, std::memory_order_release);
 }
 
-void L2Cache::Pin::store(GuestCluster c, std::uint64_t word) {
+void L2Cache::Pin::store(GuestCluster c, const L2Words &words) {
     const std::lock_guard guard(slice_->mutex);
-    slice_->words[c.value % cache_->slice_entries_].store(word, std::memory_order_release);
+    const std::uint64_t at = c.value % cache_->slice_entries_ * cache_->entry_words_;
+    slice_->words[at].store(words.entry, std::memory_order_release);
+    if (cache_->entry_words_ == 2)
+        slice_->words[at + 1].store(words.bitmap, std::memory_order_release);
     slice_->needs = std::max(slice_->needs, cache_->syncs_.needs());
     cache_->mark_dirty(*slice_);
 }
 
-std::uint64_t L2Cache::Pin::load(GuestCluster c) const {
-    return slice_->words[c.value % cache_->slice_entries_].load(std::memory_order_acquire);
+L2Words L2Cache::Pin::load(GuestCluster c) const {
+    return cache_->entry_of(*slice_, c.value % cache_->slice_entries_);
 }
 
 void L2Cache::mark_dirty(Slice &slice) {
@@ -229,7 +241,7 @@ void L2Cache::copy_slice(Slice &slice, std::uint64_t *to, Copy &copy, std::uint6
     bool was_dirty;
     {
         const std::lock_guard guard(slice.mutex);
-        for (std::size_t i = 0; i < slice_entries_; ++i)
+        for (std::size_t i = 0; i < slice_words(); ++i)
             to[i] = big_endian(slice.words[i].load(std::memory_order_acquire));
         copy.needs = std::max(copy.needs, std::exchange(slice.needs, 0));
         was_dirty = slice.dirty.exchange(false, std::memory_order_acq_rel);
@@ -258,7 +270,7 @@ std::vector<L2Cache::Copy> L2Cache::take_dirty() {
     const auto copy_whole = [&](std::uint64_t table) {
         Copy copy;
         copy.at = l1_.table(table);
-        copy.words.resize(geometry_.l2_entries());
+        copy.words.resize(geometry_.cluster_size() / 8);
         copy.whole_new_table = true;
         copy.table = table;
         for (std::uint64_t i = 0; i < slices_per_table(); ++i) {
@@ -266,7 +278,7 @@ std::vector<L2Cache::Copy> L2Cache::take_dirty() {
             if (key >= keys_)
                 break;
             if (Slice *slice = pin_if_present(key))
-                copy_slice(*slice, copy.words.data() + i * slice_entries_, copy, cleared);
+                copy_slice(*slice, copy.words.data() + i * slice_words(), copy, cleared);
         }
         copied_whole.push_back(table);
         copies.push_back(std::move(copy));
@@ -281,7 +293,7 @@ std::vector<L2Cache::Copy> L2Cache::take_dirty() {
             } else {
                 Copy copy;
                 copy.at = home(key);
-                copy.words.resize(slice_entries_);
+                copy.words.resize(slice_words());
                 copy.table = table;
                 slice->pins.fetch_add(1, std::memory_order_relaxed);
                 copy_slice(*slice, copy.words.data(), copy, cleared);
@@ -317,7 +329,7 @@ void L2Cache::failed(const Copy &copy) {
 }
 
 std::vector<std::uint64_t> L2Cache::whole_table(std::uint64_t i) {
-    std::vector<std::uint64_t> words(geometry_.l2_entries());
+    std::vector<std::uint64_t> words(geometry_.cluster_size() / 8);
     const bool is_new = l1_.is_new(i);
     if (!is_new)
         file_.read(std::as_writable_bytes(std::span(words)), l1_.table(i));
@@ -325,9 +337,9 @@ std::vector<std::uint64_t> L2Cache::whole_table(std::uint64_t i) {
         const std::uint64_t key = i * slices_per_table() + n;
         if (key >= keys_)
             break;
-        const std::uint64_t at = n * slice_entries_;
+        const std::uint64_t at = n * slice_words();
         if (Slice *slice = pin_if_present(key)) {
-            for (std::uint64_t e = 0; e < slice_entries_; ++e)
+            for (std::uint64_t e = 0; e < slice_words(); ++e)
                 words[at + e] = big_endian(slice->words[e].load(std::memory_order_acquire));
             slice->pins.fetch_sub(1, std::memory_order_release);
         }

@@ -13,6 +13,7 @@
 #include "address.h"
 #include "file.h"
 #include "l1_table.h"
+#include "l2_entry.h"
 
 #include <array>
 #include <atomic>
@@ -36,13 +37,13 @@ class L2Cache {
     std::uint64_t entries_per_slice() const { return slice_entries_; }
     std::uint64_t slice_of(GuestCluster c) const { return c.value / slice_entries_; }
 
-    /// The L2 words (host order) of guest clusters [first, first + out.size()). The caller holds them in the range
-    /// lock, or accepts that they change under it.
-    void read(GuestCluster first, std::span<std::uint64_t> out);
+    /// The L2 entries of guest clusters [first, first + out.size()). The caller holds them in the range lock, or
+    /// accepts that they change under it (and that the two words of an extended entry may be of two moments).
+    void read(GuestCluster first, std::span<L2Words> out);
 
     /// As read, but passing by the cache for what it does not hold: for walks over everything, which includes entries
     /// beyond the end of the disk.
-    void read_around(GuestCluster first, std::span<std::uint64_t> out);
+    void read_around(GuestCluster first, std::span<L2Words> out);
 
     /// Keeps a slice in memory for changing its entries. The table must exist.
     class Pin {
@@ -51,9 +52,9 @@ class L2Cache {
         Pin(Pin &&other) noexcept : cache_(other.cache_), slice_(std::exchange(other.slice_, nullptr)) {}
         Pin &operator=(Pin &&other) noexcept;
         ~Pin();
-        /// Sets the word of `c`, which lies in this slice. Data it points to has been written already.
-        void store(GuestCluster c, std::uint64_t word);
-        std::uint64_t load(GuestCluster c) const;
+        /// Sets the entry of `c`, which lies in this slice. Data it points to has been written already.
+        void store(GuestCluster c, const L2Words &words);
+        L2Words load(GuestCluster c) const;
 
       private:
         friend class L2Cache;
@@ -112,14 +113,16 @@ class L2Cache {
         std::size_t hand = 0;
     };
 
-    std::uint64_t slice_bytes() const { return slice_entries_ * 8; }
+    std::uint64_t slice_words() const { return slice_entries_ * entry_words_; }
+    std::uint64_t slice_bytes() const { return slice_words() * 8; }
     std::uint64_t slices_per_table() const { return geometry_.l2_entries() / slice_entries_; }
     std::uint64_t table_of_slice(std::uint64_t key) const { return key / slices_per_table(); }
     Shard &shard(std::uint64_t key) { return shards_[key % shard_count]; }
     HostOffset home(std::uint64_t key) const;
 
-    /// Reads words of one slice without a lock; false if it is not in memory.
-    bool peek(std::uint64_t key, std::uint64_t first, std::span<std::uint64_t> out);
+    L2Words entry_of(const Slice &slice, std::uint64_t i) const;
+    /// Reads entries of one slice without a lock; false if it is not in memory.
+    bool peek(std::uint64_t key, std::uint64_t first, std::span<L2Words> out);
     /// The slice in memory, loaded if it must be. Caller holds the table's L1 lock. Returned pinned.
     Slice *load(std::uint64_t key);
     Slice *take_free(Shard &shard);
@@ -133,6 +136,7 @@ class L2Cache {
     File &file_;
     const SyncLog &syncs_;
     L1Table &l1_;
+    std::uint64_t entry_words_;
     std::uint64_t slice_entries_;
     std::uint64_t keys_;
     std::uint64_t shard_limit_; // slices

@@ -15,18 +15,31 @@ constexpr std::size_t batch = 64;
 
 } // namespace
 
-Mapping Mapper::judged(std::uint64_t word) const {
-    Mapping mapping = decode(word);
-    if (mapping.has_host() && mapping.host.value >= allocator_.end())
+Mapping Mapper::judged(const L2Words &words) const {
+    Mapping mapping = entry::decode(words, format_);
+    if (mapping.has_host() && mapping.host.value >= allocator_.end() && !format_.external_data)
         mapping.kind = Mapping::Kind::damaged;
+    if (mapping.kind == Mapping::Kind::compressed) {
+        const auto extent = entry::compressed_extent(mapping.bits, geometry_.cluster_bits());
+        if (geometry_.cluster_of(extent.at + (extent.bytes - 1)).value >= allocator_.end())
+            mapping.kind = Mapping::Kind::damaged;
+    }
     return mapping;
 }
 
+void Mapper::append_references(std::vector<HostRun> &runs, const Mapping &mapping) const {
+    if (format_.external_data)
+        return;
+    if (mapping.has_host()) {
+        append_run(runs, {mapping.host, 1});
+    } else if (mapping.kind == Mapping::Kind::compressed) {
+        const auto extent = entry::compressed_extent(mapping.bits, geometry_.cluster_bits());
+        const HostCluster first = geometry_.cluster_of(extent.at);
+        append_run(runs, {first, (geometry_.cluster_of(extent.at + (extent.bytes - 1)) - first) + 1});
+    }
+}
+
 void Mapper::require_sane(GuestCluster c, const Mapping &mapping) const {
-    if (mapping.kind == Mapping::Kind::compressed)
-        throw Error(Error::Kind::unsupported, EIO,
-                    fmt::format("'{}': the cluster at guest offset {:#x} is compressed, which is not supported yet",
-                                file_.name(), geometry_.offset_of(c).value));
     if (mapping.kind == Mapping::Kind::damaged)
         throw_bad_image("'{}' is damaged: the L2 entry of guest offset {:#x} points to no valid cluster; stop the "
                         "server and run 'qemu-img check'",
@@ -34,7 +47,7 @@ void Mapper::require_sane(GuestCluster c, const Mapping &mapping) const {
 }
 
 void Mapper::resolve(GuestCluster first, std::span<Mapping> out) {
-    std::array<std::uint64_t, batch> words;
+    std::array<L2Words, batch> words;
     for (std::size_t done = 0; done < out.size();) {
         const auto n = std::min(batch, out.size() - done);
         l2_.read(first + done, std::span(words).first(n));
@@ -47,16 +60,16 @@ void Mapper::resolve(GuestCluster first, std::span<Mapping> out) {
 }
 
 void Mapper::survey(GuestCluster first, std::span<Mapping> out) {
-    std::vector<std::uint64_t> words(out.size());
+    std::vector<L2Words> words(out.size());
     l2_.read_around(first, words);
     for (std::size_t i = 0; i < words.size(); ++i)
         out[i] = judged(words[i]);
 }
 
-bool Mapper::ensure_table(GuestCluster c, Allocator::Growth growth) {
+bool Mapper::ensure_table(GuestCluster c, Allocator::Growth growth, Missing missing) {
     const std::uint64_t i = geometry_.l1_index(c);
     // Without snapshots a table is ours even where a crash left its flag clear.
-    if (l1_.table(i).value != 0)
+    if (l1_.table(i).value != 0 || missing == Missing::leave)
         return true;
     const std::lock_guard guard(l1_.lock(i));
     if (l1_.table(i).value != 0)
@@ -89,8 +102,17 @@ Mapping Mapper::Editor::get(GuestCluster c) const {
     return mapping;
 }
 
-void Mapper::Editor::set(GuestCluster c, std::uint64_t word) {
-    pins_[mapper_.l2_.slice_of(c) - first_slice_].store(c, word);
+void Mapper::Editor::set_words(GuestCluster c, const L2Words &words) {
+    pins_[mapper_.l2_.slice_of(c) - first_slice_].store(c, words);
+}
+
+void Mapper::Editor::set_data(GuestCluster c, HostCluster host) {
+    set_words(c, {entry::data(mapper_.geometry_.offset_of(host)),
+                  mapper_.format_.subclusters ? entry::all_allocated : 0});
+}
+
+void Mapper::Editor::set_zero(GuestCluster c) {
+    set_words(c, mapper_.format_.subclusters ? L2Words{0, entry::all_zero} : L2Words{entry::zero, 0});
 }
 
 } // namespace qlean

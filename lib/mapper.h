@@ -5,6 +5,9 @@
 //
 // resolve() wants the clusters held in the range lock (shared is enough); an Editor wants them exclusively. An Editor
 // works within one L2 table, whose L1 lock it holds shared; no data I/O while one lives.
+//
+// An entry holds one reference on each host cluster it uses: append_references() names them, and whoever replaces the
+// entry retires them.
 #pragma once
 
 #include "allocator.h"
@@ -19,16 +22,23 @@ namespace qlean {
 
 class Mapper {
   public:
-    Mapper(const Geometry &geometry, unsigned version, File &file, L1Table &l1, L2Cache &l2, Allocator &allocator)
-        : geometry_(geometry), version_(version), file_(file), l1_(l1), l2_(l2), allocator_(allocator) {}
+    Mapper(const Geometry &geometry, const EntryFormat &format, File &file, L1Table &l1, L2Cache &l2,
+           Allocator &allocator)
+        : geometry_(geometry), format_(format), file_(file), l1_(l1), l2_(l2), allocator_(allocator) {}
+
+    const EntryFormat &format() const { return format_; }
 
     /// What guest clusters [first, first + out.size()) map to. Throws Error (bad_image) for an entry that cannot be.
     void resolve(GuestCluster first, std::span<Mapping> out);
     /// As resolve, passing by the cache, and taking a damaged entry as it is: for plans and walks.
     void survey(GuestCluster first, std::span<Mapping> out);
 
-    /// The table that maps `c` exists after this. False: commit first, then ask again.
-    bool ensure_table(GuestCluster c, Allocator::Growth growth);
+    enum class Missing { create, leave };
+    /// To be called before entries of the table that maps `c` change for the guest: the table exists after this (unless
+    /// it may be missing). False: commit first, then ask again.
+    bool ensure_table(GuestCluster c, Allocator::Growth growth, Missing missing = Missing::create);
+    /// The host clusters on which an entry holds a reference, one each.
+    void append_references(std::vector<HostRun> &runs, const Mapping &mapping) const;
     bool has_table(GuestCluster c) const { return l1_.table(geometry_.l1_index(c)).value != 0; }
     /// One past the last guest cluster that the table of `c` maps.
     GuestCluster table_end(GuestCluster c) const {
@@ -44,7 +54,13 @@ class Mapper {
         Mapping get(GuestCluster c) const;
         /// As get, taking an entry that cannot be used as it is instead of throwing.
         Mapping peek(GuestCluster c) const { return exists() ? mapper_.judged(pin(c).load(c)) : Mapping{}; }
-        void set(GuestCluster c, std::uint64_t word);
+        L2Words words(GuestCluster c) const { return pin(c).load(c); }
+        void set_words(GuestCluster c, const L2Words &words);
+        /// The whole cluster is data in `host`, which belongs to this entry alone.
+        void set_data(GuestCluster c, HostCluster host);
+        void set_unallocated(GuestCluster c) { set_words(c, {}); }
+        /// Reads as zeroes, whatever lies below. Not in version 2.
+        void set_zero(GuestCluster c);
 
       private:
         const L2Cache::Pin &pin(GuestCluster c) const { return pins_[mapper_.l2_.slice_of(c) - first_slice_]; }
@@ -56,13 +72,12 @@ class Mapper {
     };
 
   private:
-    Mapping decode(std::uint64_t word) const { return entry::decode(word, geometry_.cluster_bits(), version_); }
     /// Decoded; damaged if it points beyond the file.
-    Mapping judged(std::uint64_t word) const;
+    Mapping judged(const L2Words &words) const;
     void require_sane(GuestCluster c, const Mapping &mapping) const;
 
     Geometry geometry_;
-    unsigned version_;
+    EntryFormat format_;
     File &file_;
     L1Table &l1_;
     L2Cache &l2_;

@@ -141,10 +141,18 @@ std::unique_ptr<Image> Image::open(std::unique_ptr<File> file, const Options &op
                             counted_end, file_end);
         refuse_truncated(*file, geometry, l1, length);
     }
-    auto state =
-        std::make_unique<State>(std::move(file), std::move(header), std::move(sector), std::move(l1), std::move(table),
-                                std::max(file_end, counted_end), options.read_only, options.cache_bytes);
-    return std::unique_ptr<Image>(new Image(std::move(state)));
+    const std::uint64_t end = std::max(file_end, counted_end);
+    Opened opened{.file = std::move(file),
+                  .data = nullptr,
+                  .backing = nullptr,
+                  .header = std::move(header),
+                  .header_sector = std::move(sector),
+                  .l1_words = std::move(l1),
+                  .refcount_table = std::move(table),
+                  .end = end,
+                  .read_only = options.read_only,
+                  .cache_bytes = options.cache_bytes};
+    return std::unique_ptr<Image>(new Image(std::make_unique<State>(std::move(opened))));
 }
 
 std::unique_ptr<Image> Image::open(const std::string &path, const Options &options) {

@@ -4,16 +4,16 @@
 
 namespace qlean {
 
-State::State(std::unique_ptr<File> file_, Header header_, std::vector<std::byte> header_sector,
-             std::vector<std::uint64_t> l1_words, std::vector<std::uint64_t> refcount_table, std::uint64_t end,
-             bool read_only_, std::uint64_t cache_bytes_)
-    : file_owner(std::move(file_)), file(*file_owner), geometry(header_.geometry()), read_only(read_only_), syncs(file),
-      header(file, header_, std::move(header_sector)), l1(std::move(l1_words), header_.l1_offset),
-      l2(geometry, file, syncs, l1, cache_bytes_),
-      refcounts(geometry, file, std::move(refcount_table), header_.refcount_table_offset),
-      allocator(geometry, file, refcounts, end, [this] { return metadata_runs(); }),
+State::State(Opened o)
+    : file_owner(std::move(o.file)), data_owner(std::move(o.data)), backing(std::move(o.backing)), file(*file_owner),
+      data(data_owner ? *data_owner : file), geometry(o.header.geometry()), read_only(o.read_only), syncs(file, data),
+      header(file, o.header, std::move(o.header_sector)), l1(std::move(o.l1_words), o.header.l1_offset),
+      l2(geometry, file, syncs, l1, o.cache_bytes),
+      refcounts(geometry, file, std::move(o.refcount_table), o.header.refcount_table_offset),
+      allocator(geometry, file, refcounts, o.end, [this] { return metadata_runs(); }),
       write_back(geometry, read_only, file, syncs, header, l1, l2, refcounts, allocator), ranges(geometry),
-      mapper(geometry, header_.version, file, l1, l2, allocator), cache_bytes(cache_bytes_), opened_end(end) {}
+      mapper(geometry, o.header.entry_format(), file, l1, l2, allocator), contents(geometry, data, backing.get()),
+      cache_bytes(o.cache_bytes), opened_end(o.end) {}
 
 std::vector<HostRun> State::metadata_runs() const {
     std::vector<HostRun> runs{{{0}, 1}};

@@ -6,6 +6,8 @@
 #pragma once
 
 #include "allocator.h"
+#include "backing.h"
+#include "contents.h"
 #include "file.h"
 #include "header_home.h"
 #include "l1_table.h"
@@ -19,13 +21,26 @@
 
 namespace qlean {
 
-struct State {
-    State(std::unique_ptr<File> file, Header header, std::vector<std::byte> header_sector,
-          std::vector<std::uint64_t> l1_words, std::vector<std::uint64_t> refcount_table, std::uint64_t end,
-          bool read_only, std::uint64_t cache_bytes);
+/// What opening found: all that the parts of an image are made from.
+struct Opened {
+    std::unique_ptr<File> file;
+    std::unique_ptr<File> data;       ///< null: the guest's data is in `file`
+    std::unique_ptr<Backing> backing; ///< may be null
+    Header header;
+    std::vector<std::byte> header_sector;
+    std::vector<std::uint64_t> l1_words, refcount_table; ///< as read, big-endian
+    std::uint64_t end;                                   ///< clusters of the file
+    bool read_only;
+    std::uint64_t cache_bytes;
+};
 
-    const std::unique_ptr<File> file_owner;
-    File &file;
+struct State {
+    explicit State(Opened opened);
+
+    const std::unique_ptr<File> file_owner, data_owner;
+    const std::unique_ptr<Backing> backing;
+    File &file; ///< metadata
+    File &data; ///< the guest's data: the same file, unless it has one of its own
     const Geometry geometry;
     const bool read_only;
     SyncLog syncs;
@@ -37,6 +52,7 @@ struct State {
     WriteBack write_back;
     RangeLock ranges;
     Mapper mapper;
+    Contents contents;
     const std::uint64_t cache_bytes;
     const std::uint64_t opened_end; ///< clusters of the file when it was opened
 

@@ -42,10 +42,13 @@ void WriteBack::before_change() {
         throw Error(Error::Kind::denied, EPERM, fmt::format("'{}' is served read-only", file_.name()));
     require_healthy();
     std::call_once(first_change_, [&] {
-        if (header_.header().autoclear == 0)
+        if (autoclear_to_clear() == 0 && first_change_calls_.empty())
             return;
         lead([&] {
-            header_.update([](Header &h) { h.autoclear = 0; });
+            for (const auto &call : first_change_calls_)
+                call();
+            if (autoclear_to_clear() != 0)
+                header_.update([&](Header &h) { h.autoclear &= kept_up_; });
             sync();
         });
     });
@@ -268,7 +271,7 @@ std::uint64_t WriteBack::last_region_wanted(std::uint64_t end, std::uint64_t tab
 }
 
 void WriteBack::link_ahead() {
-    if (header_.header().autoclear != 0)
+    if (autoclear_to_clear() != 0)
         return; // nothing has changed yet, so nothing grows; and nothing may be written before these bits are cleared
     const std::uint64_t region_clusters = refcounts_.region_clusters();
     const std::uint64_t end = allocator_.end(), covered = allocator_.covered_end();

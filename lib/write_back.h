@@ -54,6 +54,10 @@ class WriteBack {
     /// To be called before anything of the image changes, with no lock held. Throws Error if it may not change. The
     /// first call makes durable that features which we do not keep up (autoclear bits) are no longer to be relied on.
     void before_change();
+    /// Autoclear features that are kept up, and so stay set. Before anything changes.
+    void keep_up(std::uint64_t autoclear_bits) { kept_up_ |= autoclear_bits; }
+    /// Called once, as leader, before anything of the image changes; what it writes is synced before that.
+    void before_first_change(std::function<void()> call) { first_change_calls_.push_back(std::move(call)); }
     /// Throws Error if the image is poisoned.
     void require_healthy() const;
     bool poisoned() const { return poisoned_.load(std::memory_order_acquire); }
@@ -79,12 +83,15 @@ class WriteBack {
     /// Keeps refcount blocks linked ahead of the end of the file, so that growth need not wait for a commit.
     void link_ahead();
     void link_beyond(std::uint64_t first_region, std::uint64_t count);
+    std::uint64_t autoclear_to_clear() const { return header_.header().autoclear & ~kept_up_; }
     void sync();
     void poison();
 
     Geometry geometry_;
     const bool read_only_;
     std::once_flag first_change_;
+    std::vector<std::function<void()>> first_change_calls_;
+    std::uint64_t kept_up_ = 0;
     File &file_;
     SyncLog &syncs_;
     HeaderHome &header_;

@@ -132,8 +132,7 @@ std::vector<Maintenance::Planned> Compact::plan(GuestOffset at, std::uint64_t le
         bool empty = true;
         for (std::size_t i = 0; i < mappings.size(); ++i) {
             bool to_do = mappings[i].has_host() && mappings[i].host >= ideal;
-            empty =
-                empty && (mappings[i].kind == Mapping::Kind::unallocated || mappings[i].kind == Mapping::Kind::zero);
+            empty = empty && state_.contents.is_nothing(mappings[i]);
             if (!asked_for_table && mappings[i].has_host()) {
                 asked_for_table = true;
                 to_do = to_do || table_moves_with(first + i, mappings, first, ideal);
@@ -263,7 +262,7 @@ void Compact::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) {
         gauges_.moved_bytes += g.cluster_size();
     }
     for (const HostRun &run : written)
-        state_.file.start_writing_out(g.offset_of(run.first), g.bytes(run.count));
+        state_.data.start_writing_out(g.offset_of(run.first), g.bytes(run.count));
 }
 
 // --- committing ---------------------------------------------------------------------------------------------------

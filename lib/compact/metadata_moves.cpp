@@ -61,9 +61,13 @@ void drop_empty_table(State &state, std::uint64_t i) {
         const std::lock_guard guard(state.l1.lock(i));
         if (state.l1.table(i).value == 0)
             return;
-        for (const std::uint64_t raw : state.l2.whole_table(i))
-            if (const std::uint64_t word = big_endian(raw); word != 0 && word != entry::zero)
+        const auto words = state.l2.whole_table(i);
+        const std::uint64_t step = state.geometry.entry_words();
+        for (std::size_t w = 0; w < words.size(); w += step) {
+            const L2Words entry{big_endian(words[w]), step == 2 ? big_endian(words[w + 1]) : 0};
+            if (!state.contents.is_nothing(entry::decode(entry, state.mapper.format())))
                 return;
+        }
         home = state.geometry.cluster_of(state.l1.table(i));
         state.l1.unlink(i);
         state.l2.discard_table(i);

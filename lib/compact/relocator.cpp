@@ -56,12 +56,15 @@ Moved relocate(State &state, GuestCluster c, HostCluster source, const Allocator
             const bool copy = m.kind == Mapping::Kind::data;
             // Once warmed it is in memory, even where the host cannot promise that (RWF_NOWAIT on tmpfs).
             if (copy && warmed)
-                state.file.read(bytes, from);
-            if (!copy || warmed || state.file.read_cached(bytes, from)) {
+                state.data.read(bytes, from);
+            if (!copy || warmed || state.data.read_cached(bytes, from)) {
                 if (copy)
-                    write_cluster(state.file, bytes, to, destination.zero);
+                    write_cluster(state.data, bytes, to, destination.zero && state.data.holes_are_zeroes());
                 Mapper::Editor editor(state.mapper, c, 1);
-                editor.set(c, copy ? entry::data(to) : entry::zero);
+                if (copy)
+                    editor.set_data(c, destination.run.first);
+                else
+                    editor.set_zero(c);
                 *used = copy;
                 moved = true;
             }
@@ -71,7 +74,7 @@ Moved relocate(State &state, GuestCluster c, HostCluster source, const Allocator
         if (moved)
             return Moved::yes;
         // Not in the host's memory: read it with nobody waiting, then try again.
-        state.file.read(bytes, from);
+        state.data.read(bytes, from);
     }
 }
 

@@ -4,96 +4,112 @@
 
 #include "../error.h"
 
+#include <optional>
+#include <unordered_map>
+
 namespace qlean {
 
 namespace {
 
-constexpr std::uint64_t batch = 8192;
-
-/// References found so far, one bit per host cluster; a second one to the same cluster goes to `twice`.
-class References {
+/// How often each host cluster is referred to, a byte each: beyond 254 it counts on in a map.
+class ReferenceCounts {
   public:
-    void add(HostCluster c) {
-        if (seen_.size() <= c.value)
-            seen_.resize(std::max(c.value + 1, seen_.size() * 2));
-        if (seen_[c.value])
-            twice_.push_back(c);
-        seen_[c.value] = true;
+    void add(HostRun run) {
+        if (few_.size() < run.end().value)
+            few_.resize(std::max<std::uint64_t>(run.end().value, few_.size() * 2));
+        for (HostCluster c = run.first; c < run.end(); ++c) {
+            std::uint8_t &few = few_[c.value];
+            if (few < many)
+                ++few;
+            if (few == many)
+                ++many_[c.value];
+        }
     }
-    bool has(std::uint64_t c) const { return c < seen_.size() && seen_[c]; }
-    const std::vector<HostCluster> &twice() const { return twice_; }
-    std::uint64_t size() const { return seen_.size(); }
+    std::uint64_t of(std::uint64_t c) const {
+        if (c >= few_.size())
+            return 0;
+        return few_[c] < many ? few_[c] : many - 1 + many_.at(c);
+    }
+    std::uint64_t size() const { return few_.size(); }
 
   private:
-    std::vector<bool> seen_;
-    std::vector<HostCluster> twice_;
+    static constexpr std::uint8_t many = 255;
+    std::vector<std::uint8_t> few_;
+    std::unordered_map<std::uint64_t, std::uint64_t> many_;
 };
 
-/// Walks everything; `reference(cluster)` for each use of a host cluster, `damaged(guest)` for an impossible entry.
-template <class Reference, class Damaged>
-Survey walk(State &state, const StopCheck &stop, Reference &&reference, Damaged &&damaged) {
-    const Geometry &g = state.geometry;
-    Survey survey;
-    const auto metadata = [&](HostRun run) {
-        survey.metadata += run.count;
-        for (std::uint64_t i = 0; i < run.count; ++i)
-            reference(run.first + i);
-    };
-    // Taken between commits, for only their leader moves these.
-    std::vector<HostRun> fixed;
-    state.write_back.lead([&] {
-        fixed.push_back({{0}, 1});
-        if (state.l1.size() > 0)
-            fixed.push_back({g.cluster_of(state.l1.home()), g.clusters_for(state.l1.size() * 8)});
-        fixed.push_back({g.cluster_of(state.refcounts.home()), state.refcounts.table_clusters()});
-        for (const auto &[region, cluster] : state.refcounts.blocks())
-            fixed.push_back({cluster, 1});
-    });
-    for (const HostRun &run : fixed)
-        metadata(run);
+/// Counts for the status page.
+class Counter : public ReferenceVisitor {
+  public:
+    explicit Counter(State &state) : state_(state) {}
 
-    std::vector<Mapping> mappings;
-    HostCluster expected{0};
-    bool any = false;
-    for (std::uint64_t i = 0; i < state.l1.size(); ++i) {
-        const HostOffset table = state.l1.table(i);
-        if (table.value == 0)
-            continue;
-        require_going(stop);
-        metadata({g.cluster_of(table), 1});
-        // All of it: entries beyond the end of the disk (VM state, a disk that was shrunk) hold clusters too.
-        const std::uint64_t first = i * g.l2_entries(), end = first + g.l2_entries();
-        bool empty = true;
-        for (std::uint64_t at = first; at < end; at += batch) {
-            mappings.resize(std::min(batch, end - at));
-            state.mapper.survey({at}, mappings);
-            for (std::size_t n = 0; n < mappings.size(); ++n) {
-                const Mapping &m = mappings[n];
-                if (m.kind == Mapping::Kind::damaged || m.kind == Mapping::Kind::compressed)
-                    damaged(GuestCluster{at + n});
-                if (m.kind != Mapping::Kind::unallocated && m.kind != Mapping::Kind::zero)
-                    empty = false;
-                if (!m.has_host())
-                    continue;
-                reference(m.host);
-                ++survey.data;
-                if (any && m.host != expected)
-                    ++survey.fragmented;
-                any = true;
-                expected = m.host + 1;
-            }
-        }
+    void metadata(Kind, HostRun run) override { survey.metadata += run.count; }
+    void entry(GuestCluster, const Mapping &m) override {
+        if (!m.has_host() || state_.mapper.format().external_data)
+            return;
+        ++survey.data;
+        if (any_ && m.host != expected_)
+            ++survey.fragmented;
+        any_ = true;
+        expected_ = m.host + 1;
+    }
+    void table_done(std::uint64_t i, bool empty) override {
         if (empty)
             survey.empty_tables.push_back(i);
     }
-    return survey;
-}
+
+    Survey survey;
+
+  private:
+    State &state_;
+    HostCluster expected_{0};
+    bool any_ = false;
+};
+
+/// Counts, and remembers who refers to what.
+class Auditor final : public Counter {
+  public:
+    explicit Auditor(State &state) : Counter(state), state_(state) {}
+
+    void metadata(Kind kind, HostRun run) override {
+        Counter::metadata(kind, run);
+        references.add(run);
+        for (HostCluster c = run.first; c < run.end(); ++c)
+            set_owned(c);
+    }
+    void entry(GuestCluster c, const Mapping &m) override {
+        Counter::entry(c, m);
+        if (m.kind == Mapping::Kind::damaged && !damaged)
+            damaged = c;
+        runs_.clear();
+        state_.mapper.append_references(runs_, m);
+        for (const HostRun &run : runs_)
+            references.add(run);
+        if (m.has_host() && m.copied && !runs_.empty())
+            set_owned(m.host);
+    }
+
+    ReferenceCounts references;
+    std::vector<bool> owned; ///< by somebody who may write there, so nobody else may refer to it
+    std::optional<GuestCluster> damaged;
+
+  private:
+    void set_owned(HostCluster c) {
+        if (owned.size() <= c.value)
+            owned.resize(std::max<std::uint64_t>(c.value + 1, owned.size() * 2));
+        owned[c.value] = true;
+    }
+
+    State &state_;
+    std::vector<HostRun> runs_;
+};
 
 } // namespace
 
 Survey survey_image(State &state, const StopCheck &stop) {
-    return walk(
-        state, stop, [](HostCluster) {}, [](GuestCluster) {});
+    Counter counter(state);
+    walk_references(state, stop, counter);
+    return std::move(counter.survey);
 }
 
 Survey verify_image(State &state, const Allocator::Watch &watch, const StopCheck &stop) {
@@ -105,35 +121,35 @@ Survey verify_image(State &state, const Allocator::Watch &watch, const StopCheck
         state.write_back.commit(WriteBack::Give::back);
     }
 
-    References references;
-    std::vector<GuestCluster> damaged;
-    Survey survey = walk(
-        state, stop, [&](HostCluster c) { references.add(c); }, [&](GuestCluster c) { damaged.push_back(c); });
+    Auditor audit(state);
+    walk_references(state, stop, audit);
+    const ReferenceCounts &references = audit.references;
 
     struct Miscount {
-        std::uint64_t cluster, count;
+        std::uint64_t cluster, count, referrers;
     };
-    std::vector<Miscount> unreferenced;
-    std::vector<std::uint64_t> uncounted;
+    std::vector<Miscount> too_many, too_few;
     std::uint64_t counted_end = 0;
     const std::uint64_t region_clusters = state.refcounts.region_clusters();
+    // Regions without a block lie in between: nothing there is counted.
+    const auto uncounted = [&](std::uint64_t from, std::uint64_t to) {
+        for (std::uint64_t c = from; c < std::min(to, references.size()); ++c)
+            if (const std::uint64_t referrers = references.of(c))
+                too_few.push_back({c, 0, referrers});
+    };
     for (const auto &[region, block] : state.refcounts.blocks()) {
         const std::uint64_t first = region * region_clusters;
-        // Regions without a block lie in between: nothing there is counted.
-        for (std::uint64_t c = counted_end; c < std::min(first, references.size()); ++c)
-            if (references.has(c))
-                uncounted.push_back(c);
+        uncounted(counted_end, first);
         state.refcounts.read_block(region, [&](std::uint64_t i, std::uint64_t count) {
-            if (count == 0 && references.has(first + i))
-                uncounted.push_back(first + i);
-            if (count > 0 && !references.has(first + i))
-                unreferenced.push_back({first + i, count});
+            const std::uint64_t referrers = references.of(first + i);
+            if (count < referrers)
+                too_few.push_back({first + i, count, referrers});
+            if (count > referrers)
+                too_many.push_back({first + i, count, referrers});
         });
         counted_end = first + region_clusters;
     }
-    for (std::uint64_t c = counted_end; c < references.size(); ++c)
-        if (references.has(c))
-            uncounted.push_back(c);
+    uncounted(counted_end, references.size());
 
     const auto changed = watch.touched();
     const auto is_changed = [&](std::uint64_t c) { return c < changed.size() && changed[c]; };
@@ -143,21 +159,25 @@ Survey verify_image(State &state, const Allocator::Watch &watch, const StopCheck
                         "'qemu-img check -r all'",
                         name, what);
     };
-    if (!damaged.empty())
+    if (audit.damaged)
         refuse(fmt::format("the L2 entry of guest offset {:#x} is not valid",
-                           state.geometry.offset_of(damaged.front()).value));
-    for (const HostCluster c : references.twice())
-        if (!is_changed(c.value))
-            refuse(fmt::format("host cluster {} is used twice", c.value));
-    for (const std::uint64_t c : uncounted)
-        if (!is_changed(c))
-            refuse(fmt::format("host cluster {} is in use, but has no refcount", c));
-    const bool may_free = !state.header.header().has_unknown_extension();
-    for (const auto &[cluster, count] : unreferenced) {
+                           state.geometry.offset_of(*audit.damaged).value));
+    for (const auto &[cluster, count, referrers] : too_few) {
         if (is_changed(cluster))
             continue;
-        append_run(may_free && count == 1 ? survey.leaked : survey.pinned, {{cluster}, 1});
+        if (count == 0)
+            refuse(fmt::format("host cluster {} is in use, but has no refcount", cluster));
+        refuse(fmt::format("host cluster {} is used {}, but has a refcount of {}", cluster,
+                           referrers == 2 ? std::string("twice") : fmt::format("{} times", referrers), count));
     }
+    for (std::uint64_t c = 0; c < audit.owned.size(); ++c)
+        if (audit.owned[c] && references.of(c) > 1 && !is_changed(c))
+            refuse(fmt::format("host cluster {} is used twice, and one of its users may write there", c));
+    const bool may_free = !state.header.header().has_unknown_extension();
+    Survey survey = std::move(audit.survey);
+    for (const auto &[cluster, count, referrers] : too_many)
+        if (referrers == 0 && !is_changed(cluster))
+            append_run(may_free && count == 1 ? survey.leaked : survey.pinned, {{cluster}, 1});
     return survey;
 }
 

@@ -5,24 +5,12 @@
 // know from it. Compaction does not trust refcounts: it moves and cuts nothing before this has compared them.
 #pragma once
 
-#include "../state.h"
-
-#include "../error.h"
+#include "../references.h"
 
 #include <atomic>
-#include <functional>
 #include <vector>
 
 namespace qlean {
-
-/// Asked between steps of long work: true means stop now.
-using StopCheck = std::function<bool()>;
-inline const StopCheck never = [] { return false; };
-
-inline void require_going(const StopCheck &stop) {
-    if (stop())
-        throw Error(Error::Kind::stopped, ESHUTDOWN, "stopped on request");
-}
 
 struct Survey {
     std::uint64_t data = 0;     ///< clusters that guest clusters map to

@@ -93,9 +93,9 @@ void ZeroScan::look_at(GuestCluster c, HostCluster host) {
     const HostOffset from = g.offset_of(host);
     std::vector<std::byte> bytes(g.cluster_size());
     // Unlocked: a first look, which also brings the cluster into memory. A hole in the file needs no reading.
-    const auto data = state_.file.next_data(from);
+    const auto data = state_.data.next_data(from);
     if (data && *data < from + g.cluster_size()) {
-        state_.file.read(bytes, from);
+        state_.data.read(bytes, from);
         gauges_.zero_read_bytes += bytes.size();
         if (!all_zero(bytes))
             return set_known(c);
@@ -112,13 +112,16 @@ void ZeroScan::look_at(GuestCluster c, HostCluster host) {
     if (!m.has_host() || m.host != host)
         return;
     if (m.kind == Mapping::Kind::data) {
-        state_.file.read(bytes, from);
+        state_.data.read(bytes, from);
         if (!all_zero(bytes))
             return set_known(c);
     }
     {
         Mapper::Editor editor(state_.mapper, c, 1);
-        editor.set(c, 0);
+        if (state_.contents.has_below())
+            editor.set_zero(c);
+        else
+            editor.set_unallocated(c);
     }
     state_.allocator.retire({{host, 1}});
     gauges_.zero_freed_bytes += g.cluster_size();

@@ -91,7 +91,7 @@ TEST_CASE("Every kind of L2 entry is told from the others") {
     CHECK(m.writable_in_place());
     CHECK_FALSE(entry::decode(0x70000, 16, 3).writable_in_place());
     CHECK_FALSE(entry::decode(entry::copied | 0x70001, 16, 3).writable_in_place());
-    CHECK(entry::decode(0x70001, 16, 3).reads_as_zeroes());
+    CHECK(entry::decode(0x70001, 16, 3).is_zero());
 }
 
 TEST_CASE("Any word decodes to something, and to a host cluster only if that is what the word says") {

@@ -159,7 +159,10 @@ TEST_CASE("What is not supported is refused by name") {
     require_refused(with(72, std::uint64_t{1}), "dirty bit");
     require_refused(with(72, std::uint64_t{2}), "marked corrupt");
     require_refused(with(72, std::uint64_t{4}), "external data file");
-    require_refused(with(72, std::uint64_t{16}), "extended L2");
+    Header extended = sample();
+    extended.incompatible = Header::incompatible_extended_l2;
+    extended.l1_size = 4; // half as many entries fit into a table
+    require_refused(encoded(extended), "extended L2");
     require_refused(with(72, std::uint64_t{32}), "feature bit 5");
     require_refused(with(72, std::uint64_t{1} << 63), "feature bit 63");
     require_refused(with(32, u32(1)), "AES");

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// What the guest sees in a cluster, wherever it comes from: the data file, what lies below, zeroes. The one place that
+// knows all of these; reading, copy-on-write and the search for zeroes ask here.
+//
+// The caller holds the cluster in the range lock (shared is enough), so that `mapping` stays true.
+#pragma once
+
+#include "backing.h"
+#include "file.h"
+#include "l2_entry.h"
+
+#include <memory>
+#include <span>
+
+namespace qlean {
+
+class Contents {
+  public:
+    /// `below`: what the image lies on; may be null.
+    Contents(const Geometry &geometry, File &data, Backing *below)
+        : geometry_(geometry), data_(data), below_(below) {}
+
+    bool has_below() const { return below_ != nullptr; }
+    /// Nothing of the image's own is there, and what lies below has nothing there either; or it is zeroes by its entry.
+    bool is_zero(GuestCluster c, const Mapping &mapping) const;
+    /// The entry might as well be unallocated: nothing is lost with it.
+    bool is_nothing(const Mapping &mapping) const {
+        using Kind = Mapping::Kind;
+        return mapping.kind == Kind::unallocated ||
+               (below_ == nullptr && (mapping.kind == Kind::zero || mapping.kind == Kind::mixed));
+    }
+    /// Bytes [within, within + into.size()) of the cluster.
+    void read(GuestCluster c, const Mapping &mapping, std::uint64_t within, std::span<std::byte> into);
+
+  private:
+    const Geometry geometry_;
+    File &data_;
+    Backing *below_;
+};
+
+} // namespace qlean

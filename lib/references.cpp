@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+#include "references.h"
+
+namespace qlean {
+
+namespace {
+
+using Kind = ReferenceVisitor::Kind;
+
+constexpr std::uint64_t batch = 8192;
+
+/// Header, L1 table, refcount structures. Taken between commits, for only their leader moves these.
+void walk_fixed(State &state, ReferenceVisitor &visitor) {
+    const Geometry &g = state.geometry;
+    std::vector<std::pair<Kind, HostRun>> fixed;
+    state.write_back.lead([&] {
+        fixed.push_back({Kind::header, {{0}, 1}});
+        if (state.l1.size() > 0)
+            fixed.push_back({Kind::l1_table, {g.cluster_of(state.l1.home()), g.clusters_for(state.l1.size() * 8)}});
+        fixed.push_back(
+            {Kind::refcount_table, {g.cluster_of(state.refcounts.home()), state.refcounts.table_clusters()}});
+        for (const auto &[region, cluster] : state.refcounts.blocks())
+            fixed.push_back({Kind::refcount_block, {cluster, 1}});
+    });
+    for (const auto &[kind, run] : fixed)
+        visitor.metadata(kind, run);
+}
+
+/// The active L2 tables and their entries.
+void walk_active(State &state, const StopCheck &stop, ReferenceVisitor &visitor) {
+    const Geometry &g = state.geometry;
+    std::vector<Mapping> mappings;
+    for (std::uint64_t i = 0; i < state.l1.size(); ++i) {
+        const HostOffset table = state.l1.table(i);
+        if (table.value == 0)
+            continue;
+        require_going(stop);
+        visitor.metadata(Kind::l2_table, {g.cluster_of(table), 1});
+        // All of it: entries beyond the end of the disk (VM state, a disk that was shrunk) hold clusters too.
+        const std::uint64_t first = i * g.l2_entries(), end = first + g.l2_entries();
+        bool empty = true;
+        for (std::uint64_t at = first; at < end; at += batch) {
+            mappings.resize(std::min(batch, end - at));
+            state.mapper.survey({at}, mappings);
+            for (std::size_t n = 0; n < mappings.size(); ++n) {
+                empty = empty && state.contents.is_nothing(mappings[n]);
+                visitor.entry({at + n}, mappings[n]);
+            }
+        }
+        visitor.table_done(i, empty);
+    }
+}
+
+} // namespace
+
+void walk_references(State &state, const StopCheck &stop, ReferenceVisitor &visitor) {
+    walk_fixed(state, visitor);
+    walk_active(state, stop, visitor);
+}
+
+} // namespace qlean

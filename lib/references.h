@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// Everything in an image that refers to host clusters (docs/interop/qcow2, "Host cluster management": what a refcount
+// counts). The one walk that compaction, the check and the status page rely on; each feature that owns clusters is
+// visited here.
+#pragma once
+
+#include "state.h"
+#include "stop.h"
+
+namespace qlean {
+
+/// What a walk meets. A cluster is met once for each reference it should be counted for.
+class ReferenceVisitor {
+  public:
+    enum class Kind { header, l1_table, l2_table, refcount_table, refcount_block };
+
+    virtual ~ReferenceVisitor() = default;
+
+    /// Host clusters that hold something other than the guest's data.
+    virtual void metadata(Kind kind, HostRun run) = 0;
+    /// An L2 entry of the active image, unallocated ones included; also those beyond the end of the disk.
+    virtual void entry(GuestCluster c, const Mapping &mapping) = 0;
+    /// All entries of L2 table `i` of the active image have been met.
+    virtual void table_done(std::uint64_t i, bool empty) = 0;
+};
+
+/// Walks beside the guest; what changes meanwhile is met as it was or as it is. No lock held. Throws Error (stopped)
+/// when `stop` says so.
+void walk_references(State &state, const StopCheck &stop, ReferenceVisitor &visitor);
+
+} // namespace qlean
