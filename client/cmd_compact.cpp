@@ -4,6 +4,7 @@
 // `qlean compact`: reclaim, zeroes, compact, one after the other, with one rate limit and one time limit for all, and a
 // comparison of before and after. Results go to stdout, everything that happens on the way to stderr.
 #include "connection.h"
+#include "courtesy.h"
 #include "exports.h"
 #include "operation.h"
 #include "options.h"
@@ -18,6 +19,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <thread>
 
 namespace qlean {
 
@@ -46,15 +48,32 @@ std::vector<std::string> operations_to_run(const Target &target, bool zeroes) {
     return names;
 }
 
+/// What the guest's requests take while we do nothing. The server counts in seconds: one is waited for, if there is a
+/// guest at all.
+void learn_baseline(Connection &status, Courtesy &courtesy) {
+    constexpr auto window = std::chrono::milliseconds(1100);
+    auto p99 = StatusPage::read(status).guest_p99_us();
+    const auto until = StopCondition::Clock::now() + window;
+    while (p99 && StopCondition::Clock::now() < until && !signals::stop_requested()) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    }
+    courtesy.learn_baseline(p99 ? StatusPage::read(status).guest_p99_us() : std::nullopt);
+}
+
 void run_operations(const Target &target, const CompactOptions &options, const StopCondition &stop, Progress &progress,
                     Outcome &outcome) {
     Pace pace(options.max_rate);
     // One connection for reading `pending` and reasons: opening one makes the server count clusters anew.
     Connection status(target, "status");
+    Courtesy courtesy;
+    Speed speed{options.max_rate, options.fast ? nullptr : &courtesy};
+    if (speed.courtesy != nullptr) {
+        learn_baseline(status, courtesy);
+    }
     for (const std::string &name : operations_to_run(target, options.zeroes)) {
         OperationReport &report = outcome.operations.emplace_back();
         report.name = name;
-        Operation operation(target, status, pace, progress, stop, report);
+        Operation operation(target, status, pace, speed, progress, stop, report);
         if (!operation.run()) {
             outcome.stopped = stop.reason();
             outcome.code = ExitCode::stopped;

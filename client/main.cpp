@@ -74,6 +74,7 @@ int run(int argc, char **argv) {
             "--max-time", [&](const std::string &text) { take_time(compact, text); },
             "Stop after that time and keep what was gained; suffixes s, m, h")
         ->type_name("TIME");
+    compact_command->add_flag("--fast", compact.fast, "Take all there is, even if the guest has to wait for it");
     compact_command->add_flag("!--no-zeroes", compact.zeroes, "Do not read data looking for zeroes");
     compact_command->add_flag("-n,--dry-run", compact.dry_run, "Only show what would be done");
     compact_command->add_flag("--json", compact.json, "Print a summary as JSON on stdout");

@@ -6,6 +6,7 @@
 #include "operation.h"
 
 #include "connection.h"
+#include "courtesy.h"
 #include "failure.h"
 #include "pace.h"
 #include "progress.h"
@@ -29,14 +30,18 @@ constexpr std::uint64_t mebibyte = 1048576;
 constexpr std::uint64_t flush_every = 32 * mebibyte;
 // What has been sent and is not known to be committed never exceeds this: answered, in flight, and in a running FLUSH.
 constexpr std::uint64_t uncommitted_limit = 64 * mebibyte;
+constexpr auto consider_every = std::chrono::milliseconds(500);
 
 // Small pieces keep a slow disk's drain short, and fifteen of 2 MiB fit beside a FLUSH of 32 MiB. Under a rate limit a
-// piece is at most one second's worth, so that the pace is even; never less than a cluster, because half a cluster
-// cannot be done.
-std::uint64_t piece_size(unsigned depth, const std::optional<std::uint64_t> &rate, std::uint64_t cluster_size) {
+// piece is at most one second's worth, so that the pace is even, and out of courtesy it is short; never less than a
+// cluster, because half a cluster cannot be done.
+std::uint64_t piece_size(unsigned depth, const Speed &speed, std::uint64_t cluster_size) {
     std::uint64_t size = depth == 1 ? 4 * mebibyte : 2 * mebibyte;
-    if (rate && *rate < 16 * mebibyte) {
-        size = std::min(mebibyte, std::bit_floor(*rate));
+    if (speed.courtesy != nullptr && speed.courtesy->rate()) {
+        size = mebibyte;
+    }
+    if (speed.limit && *speed.limit < 16 * mebibyte) {
+        size = std::min(mebibyte, std::bit_floor(*speed.limit));
     }
     return std::max(size, cluster_size);
 }
@@ -59,13 +64,13 @@ struct Operation::Slot {
     std::uint32_t planned = 0;
 };
 
-Operation::Operation(const Target &target, Connection &status, Pace &pace, Progress &progress,
+Operation::Operation(const Target &target, Connection &status, Pace &pace, const Speed &speed, Progress &progress,
                      const StopCondition &stop, OperationReport &report)
-    : target_(target), status_(status), pace_(pace), progress_(progress), stop_(stop), report_(report),
+    : target_(target), status_(status), pace_(pace), speed_(speed), progress_(progress), stop_(stop), report_(report),
       slots_(std::make_unique<std::array<Slot, 15>>()) {
     const StatusPage page = StatusPage::read(status_);
     depth_ = std::min<unsigned>(page.depth(), slots_->size());
-    piece_size_ = piece_size(depth_, pace_.rate(), page.cluster_size());
+    piece_size_ = piece_size(depth_, speed_, page.cluster_size());
 }
 
 Operation::~Operation() = default;
@@ -148,6 +153,7 @@ void Operation::pass(const Plan &plan) {
     pace_.restart(Pace::Clock::now());
     std::size_t next = 0;
     while (error_ == 0 && !stop_.reached() && next < plan.pieces.size()) {
+        consider_guest();
         send(plan, next);
         int wait = 100; // the progress line and the time limit want to be looked at that often
         if (next < plan.pieces.size() && in_flight() < depth_) {
@@ -173,6 +179,19 @@ void Operation::pass(const Plan &plan) {
     if (error_ != 0) {
         explain();
     }
+}
+
+/// Twice a second: how the guest fares decides how fast we go on.
+void Operation::consider_guest() {
+    const auto now = Pace::Clock::now();
+    if (speed_.courtesy == nullptr || now - considered_ < consider_every) {
+        return;
+    }
+    considered_ = now;
+    speed_.courtesy->sample(StatusPage::read(status_).guest_p99_us());
+    const auto courteous = speed_.courtesy->rate();
+    pace_.set_rate(courteous && speed_.limit ? std::min(*courteous, *speed_.limit)
+                                             : (courteous ? courteous : speed_.limit));
 }
 
 void Operation::send(const Plan &plan, std::size_t &next) {

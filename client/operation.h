@@ -7,6 +7,7 @@
 // lost.
 #pragma once
 
+#include "pace.h"
 #include "plan.h"
 
 #include <array>
@@ -19,9 +20,15 @@
 namespace qlean {
 
 class Connection;
-class Pace;
+class Courtesy;
 class Progress;
 class Target;
+
+// How fast an operation may go: at most `limit`, and as `courtesy` finds out, if it is asked.
+struct Speed {
+    std::optional<std::uint64_t> limit; // bytes per second
+    Courtesy *courtesy = nullptr;
+};
 
 // Says when to stop early and, once it has, why.
 class StopCondition {
@@ -53,8 +60,8 @@ struct OperationReport {
 
 class Operation {
   public:
-    Operation(const Target &target, Connection &status, Pace &pace, Progress &progress, const StopCondition &stop,
-              OperationReport &report);
+    Operation(const Target &target, Connection &status, Pace &pace, const Speed &speed, Progress &progress,
+              const StopCondition &stop, OperationReport &report);
     ~Operation();
 
     // Throws on errors, after draining and committing. True when there is no more to gain, false when it was stopped.
@@ -71,6 +78,7 @@ class Operation {
     void start_flush(Slot &slot);
     void flush_and_wait();
     std::uint64_t uncommitted() const;
+    void consider_guest();
     void send(const Plan &plan, std::size_t &next);
     void collect();
     void wait_all();
@@ -81,6 +89,8 @@ class Operation {
     const Target &target_;
     Connection &status_;
     Pace &pace_;
+    const Speed speed_;
+    Pace::Clock::time_point considered_{}; // when the guest's latency was looked at
     Progress &progress_;
     const StopCondition &stop_;
     OperationReport &report_;

@@ -34,6 +34,7 @@ struct CompactOptions {
     std::optional<std::uint64_t> max_rate; // bytes per second
     std::optional<std::chrono::milliseconds> max_time;
     bool zeroes = true;
+    bool fast = false; // no consideration for the guest
     bool dry_run = false;
     bool json = false;
     bool quiet = false;

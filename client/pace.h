@@ -27,6 +27,8 @@ class Pace {
 
     void sent(std::uint64_t bytes, Clock::time_point now);
 
+    // Holds for what is sent from now on.
+    void set_rate(std::optional<std::uint64_t> bytes_per_second) { rate_ = bytes_per_second; }
     const std::optional<std::uint64_t> &rate() const { return rate_; }
 
   private:

@@ -80,6 +80,11 @@ std::uint64_t StatusPage::cluster_size() const {
     return sane ? *size : 65536;
 }
 
+std::optional<double> StatusPage::guest_p99_us() const {
+    const auto *node = find({"guest", "latency_us", "p99"});
+    return node != nullptr && node->is_number() ? std::optional(node->get<double>()) : std::nullopt;
+}
+
 std::optional<Owner> StatusPage::owner() const {
     const auto *node = find({"maintenance", "owner"});
     if (node == nullptr || !node->is_object()) {

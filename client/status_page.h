@@ -48,6 +48,8 @@ class StatusPage {
     std::optional<std::uint64_t> pending() const { return number({"compact", "pending"}); }
     std::optional<Owner> owner() const;
     std::string last_error() const { return text({"last_error"}); }
+    // Of the guest's requests in the last second or so; nothing if it made none, or the server does not say.
+    std::optional<double> guest_p99_us() const;
     bool flag(std::initializer_list<const char *> path) const;
     Measures measures() const;
 
