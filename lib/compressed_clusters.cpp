@@ -79,15 +79,15 @@ void CompressedClusters::forget(GuestCluster c) {
 }
 
 void CompressedClusters::decompress(GuestCluster c, std::uint64_t word, std::span<std::byte> cluster) {
-    const CompressedExtent extent = compression::decode(word, geometry_.cluster_bits());
-    const auto bytes = std::make_unique_for_overwrite<std::byte[]>(extent.length);
-    const std::span from(bytes.get(), extent.length);
+    const CompressedExtent extent = entry::compressed_extent(word, geometry_.cluster_bits());
+    const auto bytes = std::make_unique_for_overwrite<std::byte[]>(extent.bytes);
+    const std::span from(bytes.get(), extent.bytes);
     file_.read(from, extent.at);
     decompressed_.fetch_add(1, std::memory_order_relaxed);
     if (!compression::decompress(type_, from, cluster).filled)
         throw_bad_image("'{}' is damaged: the compressed cluster at guest offset {:#x} (host bytes {:#x} to {:#x}) does "
                         "not decompress; overwrite that part of the disk, or restore the image from a backup",
-                        file_.name(), geometry_.offset_of(c).value, extent.at.value, extent.end().value);
+                        file_.name(), geometry_.offset_of(c).value, extent.at.value, (extent.at + extent.bytes).value);
 }
 
 } // namespace qlean

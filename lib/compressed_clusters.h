@@ -3,7 +3,7 @@
 //
 // Reading compressed clusters, each decompressed once for reads that follow each other: a few stay in memory.
 //
-// A cluster in memory is known by its guest cluster and the word of its entry. The bytes of an extent never change
+// A cluster in memory is known by its guest cluster and its descriptor. The bytes of an extent never change
 // while an entry refers to it, so what is here is right as long as the entry is: whoever changes the entry of a guest
 // cluster holds it exclusively and calls forget() before letting go, and whoever reads holds it shared. So nothing
 // survives here that the file has retired, whatever becomes of those host bytes.
@@ -30,7 +30,7 @@ class CompressedClusters {
 
     Compression type() const { return type_; }
 
-    /// Guest cluster `c`, whose entry is `word`, from byte `within`. The caller holds `c` in the range lock. Throws
+    /// Guest cluster `c`, whose descriptor is `word`, from byte `within`. The caller holds `c` in the range lock. Throws
     /// Error (bad_image) if the extent cannot be decompressed.
     void read(GuestCluster c, std::uint64_t word, std::uint64_t within, std::span<std::byte> into);
     /// The entry of `c` changes: the caller holds `c` exclusively.

@@ -2,8 +2,6 @@
 // Copyright (c) 2026, the qlean authors
 #include "compression.h"
 
-#include "l2_entry.h"
-
 #define ZLIB_CONST // input is not written to
 #include <memory>
 #include <new>
@@ -61,21 +59,14 @@ Result unzstd_into(std::span<const std::byte> from, std::span<std::byte> cluster
 
 } // namespace
 
-CompressedExtent decode(std::uint64_t word, unsigned cluster_bits) {
-    const unsigned shift = offset_bits(cluster_bits);
-    const std::uint64_t at = word & ((std::uint64_t{1} << shift) - 1);
-    const std::uint64_t sectors = ((word & (entry::compressed - 1)) >> shift) + 1;
-    return {HostOffset{at}, sectors * sector - at % sector};
-}
-
-std::optional<std::uint64_t> encode(HostOffset at, std::uint64_t length, unsigned cluster_bits) {
+std::optional<std::uint64_t> describe(HostOffset at, std::uint64_t length, unsigned cluster_bits) {
     const unsigned shift = offset_bits(cluster_bits);
     if (length == 0 || length > max_length(cluster_bits) || at.value >> shift != 0)
         return std::nullopt;
     const std::uint64_t more = (at.value + length - 1) / sector - at.value / sector;
     if (more >> (cluster_bits - 8) != 0)
         return std::nullopt;
-    return entry::compressed | more << shift | at.value;
+    return more << shift | at.value;
 }
 
 Result decompress(Compression type, std::span<const std::byte> from, std::span<std::byte> cluster) {

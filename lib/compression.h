@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) 2026, the qlean authors
 //
-// Compressed clusters in the format (docs/interop/qcow2, "Compressed Clusters Descriptor"): the descriptor word, and
-// the two codecs. Pure: no I/O, no state. Whatever the bytes are, a decoder reads no byte outside of what it is given,
-// writes none outside of the cluster, and takes a bounded amount of memory.
+// The codecs of compressed clusters, and their descriptors (docs/interop/qcow2, "Compressed Clusters Descriptor").
+// Pure: no I/O, no state. Whatever the bytes are, a decoder reads no byte outside of what it is given, writes none
+// outside of the cluster, and takes a bounded amount of memory.
 //
 // A descriptor counts sectors of 512 bytes: it says where an extent begins to the byte, but its end only to the sector.
 // The exact length is known to the codec alone.
 #pragma once
 
-#include "address.h"
+#include "l2_entry.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -24,20 +24,6 @@ enum class Compression : std::uint8_t {
     zstd = 1,
 };
 
-/// Where the bytes of a compressed cluster are. `length` reaches to the end of the last sector.
-struct CompressedExtent {
-    HostOffset at;
-    std::uint64_t length = 0;
-
-    HostOffset end() const { return at + length; }
-    /// The host clusters that its bytes touch: the extent holds one reference on each.
-    HostRun clusters(const Geometry &geometry) const {
-        const HostCluster first = geometry.cluster_of(at);
-        return {first, (geometry.cluster_of(end() - 1) - first) + 1};
-    }
-    friend bool operator==(const CompressedExtent &, const CompressedExtent &) = default;
-};
-
 namespace compression {
 
 constexpr std::uint64_t sector = 512;
@@ -45,10 +31,9 @@ constexpr std::uint64_t sector = 512;
 /// The most bytes an extent can be said to have.
 constexpr std::uint64_t max_length(unsigned cluster_bits) { return std::uint64_t{2} << cluster_bits; }
 
-/// The extent of an L2 entry that has the flag `entry::compressed`.
-CompressedExtent decode(std::uint64_t word, unsigned cluster_bits);
-/// The L2 entry of an extent of exactly `length` bytes at `at`; none if the format has no way to say it.
-std::optional<std::uint64_t> encode(HostOffset at, std::uint64_t length, unsigned cluster_bits);
+/// The descriptor (as Mapping::bits) of an extent of exactly `length` bytes at `at`; none if the format has no way to
+/// say it.
+std::optional<std::uint64_t> describe(HostOffset at, std::uint64_t length, unsigned cluster_bits);
 
 struct Result {
     bool filled = false; ///< every byte of the cluster was produced

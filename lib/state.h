@@ -7,6 +7,7 @@
 
 #include "allocator.h"
 #include "backing.h"
+#include "compressed_clusters.h"
 #include "contents.h"
 #include "file.h"
 #include "header_home.h"
@@ -51,6 +52,7 @@ struct State {
     Allocator allocator;
     WriteBack write_back;
     RangeLock ranges;
+    CompressedClusters compressed;
     Mapper mapper;
     Contents contents;
     const std::uint64_t cache_bytes;

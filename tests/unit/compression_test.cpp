@@ -52,8 +52,9 @@ Bytes text(std::size_t size, unsigned seed) {
 
 TEST_CASE("Descriptors of compressed clusters say where and how many sectors, for every cluster size") {
     // What QEMU wrote for an extent at 0x50003 of two sectors in an image of 64 KiB clusters.
-    CHECK(compression::decode(entry::compressed | std::uint64_t{1} << 54 | 0x50003, 16) ==
-          CompressedExtent{HostOffset{0x50003}, 1024 - 3});
+    const auto known = entry::compressed_extent(std::uint64_t{1} << 54 | 0x50003, 16);
+    CHECK(known.at == HostOffset{0x50003});
+    CHECK(known.bytes == 1024 - 3);
     std::mt19937_64 random(1);
     for (unsigned bits = 9; bits <= 21; ++bits) {
         const Geometry g(bits, 4, std::uint64_t{1} << 30);
@@ -61,22 +62,20 @@ TEST_CASE("Descriptors of compressed clusters say where and how many sectors, fo
         for (int i = 0; i < 2000; ++i) {
             const HostOffset at{random() % (i % 2 == 0 ? most : std::uint64_t{1} << 30)};
             const std::uint64_t length = random() % g.cluster_size() + 1;
-            const auto word = compression::encode(at, length, bits);
+            const auto word = compression::describe(at, length, bits);
             REQUIRE(word);
-            CHECK((*word & entry::copied) == 0);
-            const CompressedExtent extent = compression::decode(*word, bits);
+            CHECK(*word < entry::compressed);
+            const CompressedExtent extent = entry::compressed_extent(*word, bits);
             CHECK(extent.at == at);
-            CHECK(extent.length >= length);
-            CHECK(extent.end().value == round_up(at.value + length, 512));
-            CHECK(extent.length <= compression::max_length(bits));
-            CHECK(extent.clusters(g).first == g.cluster_of(at));
-            CHECK(extent.clusters(g).end() == g.cluster_of(at + (length - 1)) + 1);
+            CHECK(extent.bytes >= length);
+            CHECK((extent.at + extent.bytes).value == round_up(at.value + length, 512));
+            CHECK(extent.bytes <= compression::max_length(bits));
         }
-        CHECK_FALSE(compression::encode({std::uint64_t{1} << (62 - (bits - 8))}, 1, bits));
-        CHECK_FALSE(compression::encode({0}, 0, bits));
-        CHECK_FALSE(compression::encode({0}, compression::max_length(bits) + 1, bits));
-        CHECK_FALSE(compression::encode({511}, compression::max_length(bits), bits));
-        CHECK(compression::decode(~std::uint64_t{0}, bits).length <= compression::max_length(bits));
+        CHECK_FALSE(compression::describe({std::uint64_t{1} << (62 - (bits - 8))}, 1, bits));
+        CHECK_FALSE(compression::describe({0}, 0, bits));
+        CHECK_FALSE(compression::describe({0}, compression::max_length(bits) + 1, bits));
+        CHECK_FALSE(compression::describe({511}, compression::max_length(bits), bits));
+        CHECK(entry::compressed_extent(~std::uint64_t{0}, bits).bytes <= compression::max_length(bits));
     }
 }
 
@@ -152,7 +151,7 @@ TEST_CASE("A compressed cluster is decompressed once for reads that follow each 
         clusters.push_back(text(g.cluster_size(), i));
         const Bytes bytes = compress(Compression::deflate, clusters.back());
         file.write(bytes, HostOffset{at});
-        words.push_back(*compression::encode({at}, bytes.size(), 16));
+        words.push_back(*compression::describe({at}, bytes.size(), 16));
         at += bytes.size();
     }
     CompressedClusters compressed(g, Compression::deflate, file);
@@ -196,7 +195,7 @@ TEST_CASE("A compressed cluster is decompressed once for reads that follow each 
 
     // What does not decompress says so each time, and is not kept.
     file.write(Bytes(g.cluster_size(), std::byte{0xff}), HostOffset{1 << 19});
-    const auto bad = *compression::encode({1 << 19}, 1000, 16);
+    const auto bad = *compression::describe({1 << 19}, 1000, 16);
     Bytes into(16);
     for (int i = 0; i < 2; ++i)
         CHECK_THROWS_AS(compressed.read({50}, bad, 0, into), Error);
