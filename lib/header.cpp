@@ -36,7 +36,7 @@ void parse_extensions(Header &header, std::span<const std::byte> bytes, const st
             throw_bad_image("'{}' is damaged: header extension {:#010x} of {} bytes does not fit into the header", file,
                             type, length);
         const auto data = bytes.subspan(at, length);
-        header.extensions.push_back({type, {data.begin(), data.end()}});
+        header.extensions.push_back({type, {data.begin(), data.end()}, at});
         at += round_up(length, 8);
     }
 }
@@ -190,8 +190,6 @@ void Header::require_supported(const std::string &file) const {
         unsupported("a backing file");
     if (snapshot_count != 0)
         unsupported("internal snapshots");
-    if (extension(extension_bitmaps) != nullptr)
-        unsupported("persistent bitmaps");
     if (incompatible & incompatible_compression || compression_type != 0)
         unsupported(compression_type == 1 ? "zstd compression" : "a compression type other than deflate");
     if (refcount_order != 4)

@@ -20,6 +20,7 @@ namespace qlean {
 struct HeaderExtension {
     std::uint32_t type;
     std::vector<std::byte> data;
+    std::uint64_t at = 0; ///< where the data is in the file; 0: not known
 };
 
 struct Header {
@@ -70,6 +71,8 @@ struct Header {
     bool has_data_file() const { return incompatible & incompatible_data_file; }
     Geometry geometry() const { return {cluster_bits, refcount_order, virtual_size, has_subclusters()}; }
     EntryFormat entry_format() const { return {cluster_bits, version, has_subclusters(), has_data_file()}; }
+    /// Persistent bitmaps are to be relied on; otherwise their extension is to be ignored.
+    bool bitmaps_count() const { return version >= 3 && (autoclear & autoclear_bitmaps); }
     bool has_unknown_extension() const;
     const HeaderExtension *extension(std::uint32_t type) const;
 

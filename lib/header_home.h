@@ -5,6 +5,7 @@
 // power cut leaves the old header or the new one. Not synced here: the caller knows what must be durable first.
 #pragma once
 
+#include "byte_order.h"
 #include "file.h"
 #include "header.h"
 
@@ -35,6 +36,19 @@ class HeaderHome {
         file_.write(std::span(sector).first(changed.fixed_length()), HostOffset{0});
         header_ = std::move(changed);
         sector_ = std::move(sector);
+    }
+
+    /// Writes a big-endian word into the data of an extension that the header has, at byte `within` (a multiple of 8:
+    /// extensions are aligned, so it lies in one sector); if writing fails, the header is as it was.
+    void set_extension_word(std::uint32_t type, std::uint64_t within, std::uint64_t value) {
+        const std::lock_guard guard(mutex_);
+        for (HeaderExtension &e : header_.extensions)
+            if (e.type == type) {
+                const std::uint64_t word = big_endian(value);
+                file_.write(std::as_bytes(std::span(&word, 1)), HostOffset{e.at + within});
+                store_be(std::span(e.data), within, value);
+                return;
+            }
     }
 
   private:

@@ -105,13 +105,8 @@ void Image::prefetch(GuestOffset at, std::uint64_t length) {
         const RangeLock::Shared guard(state_.ranges, at, stop - at);
         state_.mapper.resolve(first, mappings);
         each_cluster(g, at, stop - at, [&](std::uint64_t, GuestCluster c, std::uint64_t within, std::uint64_t n) {
-            const Mapping &m = mappings[c - first];
-            if (m.kind == Mapping::Kind::data)
-                state_.data.will_need(g.offset_of(m.host) + within, n);
-            if (m.kind == Mapping::Kind::compressed) {
-                const auto extent = entry::compressed_extent(m.bits, g.cluster_bits());
-                state_.file.will_need(extent.at, extent.bytes);
-            }
+            if (mappings[c - first].kind == Mapping::Kind::data)
+                state_.data.will_need(g.offset_of(mappings[c - first].host) + within, n);
         });
         at = stop;
     }
@@ -119,9 +114,11 @@ void Image::prefetch(GuestOffset at, std::uint64_t length) {
 
 // --- durability and housekeeping ----------------------------------------------------------------------------------
 
-/// Before anything of the image changes. No lock held.
-void Image::before_change() {
+/// Before anything of the range changes. No lock held.
+void Image::before_change(GuestOffset at, std::uint64_t length) {
     state_.write_back.before_change();
+    if (state_.bitmaps)
+        state_.bitmaps->mark(at, length);
     // A guest that never flushes must not fill the memory: written back before any lock is taken.
     if (state_.l2.dirty_bytes() > std::max(state_.cache_bytes / 2, min_dirty_bytes))
         state_.write_back.commit(WriteBack::Give::later);
@@ -170,6 +167,23 @@ void Image::keep_house() {
     }
 }
 
+void Image::on_background_error(std::function<void(const std::exception &)> report) {
+    report_ = std::move(report);
+    if (state_.bitmaps)
+        state_.bitmaps->on_problem(report_);
+}
+
+/// False: they did not change. If it fails they stay marked as inconsistent; the guest's data is safe without them.
+bool Image::store_bitmaps() {
+    try {
+        return state_.bitmaps && state_.bitmaps->store();
+    } catch (const std::exception &error) {
+        if (report_)
+            report_(error);
+        return true;
+    }
+}
+
 void Image::close() {
     {
         const std::lock_guard guard(house_mutex_);
@@ -180,9 +194,13 @@ void Image::close() {
         house_.join();
     if (state_.read_only || state_.write_back.poisoned())
         return;
-    if (state_.write_back.commits() == 0 && !state_.write_back.anything_to_commit())
-        return state_.write_back.commit(WriteBack::Give::later);
-    give_back();
+    const bool idle = state_.write_back.commits() == 0 && !state_.write_back.anything_to_commit();
+    if (idle)
+        state_.write_back.commit(WriteBack::Give::later);
+    else
+        give_back();
+    if (!store_bitmaps() && idle)
+        return;
     // Only what was grown since: below that, a refcount of zero is believed only after a complete walk.
     while (state_.allocator.truncate_step(punch_step_bytes, HostCluster{state_.opened_end})) {
     }

@@ -66,7 +66,7 @@ class Image {
     void close();
 
     /// Called with errors that happen in the background.
-    void on_background_error(std::function<void(const std::exception &)> report) { report_ = std::move(report); }
+    void on_background_error(std::function<void(const std::exception &)> report);
 
     /// For the maintenance operations.
     State &state() { return state_; }
@@ -97,8 +97,9 @@ class Image {
     template <class Edge, class Middle>
     void split(GuestOffset at, std::uint64_t length, Edge &&edge, Middle &&middle);
 
-    void before_change();
+    void before_change(GuestOffset at, std::uint64_t length);
     void keep_house();
+    bool store_bitmaps();
 
     std::unique_ptr<State> owner_;
     State &state_;

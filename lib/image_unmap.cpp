@@ -52,11 +52,11 @@ void Image::split(GuestOffset at, std::uint64_t length, Edge &&edge, Middle &&mi
 void Image::trim(GuestOffset at, std::uint64_t length) {
     if (length == 0)
         return;
-    before_change();
+    before_change(at, length);
     split(
         at, length, [&](GuestOffset from, std::uint64_t n) { trim_edge(from, n); },
         [&](GuestOffset from, std::uint64_t n) {
-            before_change();
+            before_change(from, n);
             unmap(from, n, Unmap::hint);
         });
 }
@@ -64,11 +64,11 @@ void Image::trim(GuestOffset at, std::uint64_t length) {
 void Image::zero(GuestOffset at, std::uint64_t length, Zero how, bool fast) {
     if (length == 0)
         return;
-    before_change();
+    before_change(at, length);
     split(
         at, length, [&](GuestOffset from, std::uint64_t n) { zero_edge(from, n, how, fast); },
         [&](GuestOffset from, std::uint64_t n) {
-            before_change();
+            before_change(from, n);
             if (how == Zero::may_trim)
                 unmap(from, n, Unmap::promise);
             else

@@ -19,10 +19,10 @@ constexpr int max_commits_for_space = 4;
 void Image::write(std::span<const std::byte> from, GuestOffset at) {
     const Geometry &g = state_.geometry;
     while (!from.empty()) {
-        before_change();
         const GuestOffset table_end = g.offset_of(state_.mapper.table_end(g.cluster_of(at)));
         const auto piece =
             from.first(std::min<std::uint64_t>({from.size(), data_chunk - at.value % data_chunk, table_end - at}));
+        before_change(at, piece.size());
         with_room([&](Allocator::Growth growth) {
             return write_in_place(piece, at) ? Outcome::done : write_chunk(piece, at, growth);
         });

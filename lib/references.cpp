@@ -10,7 +10,7 @@ using Kind = ReferenceVisitor::Kind;
 
 constexpr std::uint64_t batch = 8192;
 
-/// Header, L1 table, refcount structures. Taken between commits, for only their leader moves these.
+/// Header, L1 table, refcount structures, bitmaps. Taken between commits, for only their leader moves these.
 void walk_fixed(State &state, ReferenceVisitor &visitor) {
     const Geometry &g = state.geometry;
     std::vector<std::pair<Kind, HostRun>> fixed;
@@ -22,6 +22,12 @@ void walk_fixed(State &state, ReferenceVisitor &visitor) {
             {Kind::refcount_table, {g.cluster_of(state.refcounts.home()), state.refcounts.table_clusters()}});
         for (const auto &[region, cluster] : state.refcounts.blocks())
             fixed.push_back({Kind::refcount_block, {cluster, 1}});
+        if (state.bitmaps) {
+            if (const auto damage = state.bitmaps->damage())
+                throw_bad_image("'{}' is damaged: {}; repair it with 'qemu-img check -r all'", state.file.name(), *damage);
+            for (const HostRun &run : state.bitmaps->runs())
+                fixed.push_back({Kind::bitmap, run});
+        }
     });
     for (const auto &[kind, run] : fixed)
         visitor.metadata(kind, run);

@@ -14,7 +14,7 @@ namespace qlean {
 /// What a walk meets. A cluster is met once for each reference it should be counted for.
 class ReferenceVisitor {
   public:
-    enum class Kind { header, l1_table, l2_table, refcount_table, refcount_block };
+    enum class Kind { header, l1_table, l2_table, refcount_table, refcount_block, bitmap };
 
     virtual ~ReferenceVisitor() = default;
 

@@ -10,12 +10,14 @@ State::State(Opened o)
       header(file, o.header, std::move(o.header_sector)), l1(std::move(o.l1_words), o.header.l1_offset),
       l2(geometry, file, syncs, l1, o.cache_bytes),
       refcounts(geometry, file, std::move(o.refcount_table), o.header.refcount_table_offset),
-      allocator(geometry, file, refcounts, o.end, [this] { return metadata_runs(); }),
+      allocator(geometry, file, refcounts, o.end, [this] { return used_runs(); }),
       write_back(geometry, read_only, file, syncs, header, l1, l2, refcounts, allocator), ranges(geometry),
-      compressed(geometry, static_cast<Compression>(o.header.compression_type), file),
-      mapper(geometry, o.header.entry_format(), file, l1, l2, allocator, compressed),
-      contents(geometry, data, backing.get(), compressed),
-      cache_bytes(o.cache_bytes), opened_end(o.end) {}
+      mapper(geometry, o.header.entry_format(), file, l1, l2, allocator), contents(geometry, data, backing.get()),
+      bitmaps(Bitmaps::open(geometry, file, header, refcounts, allocator, write_back, [this] { return metadata_runs(); })),
+      cache_bytes(o.cache_bytes), opened_end(o.end) {
+    if (bitmaps)
+        write_back.keep_up(Header::autoclear_bitmaps);
+}
 
 std::vector<HostRun> State::metadata_runs() const {
     std::vector<HostRun> runs{{{0}, 1}};
@@ -27,6 +29,15 @@ std::vector<HostRun> State::metadata_runs() const {
     for (std::uint64_t i = 0; i < l1.size(); ++i)
         if (const HostOffset table = l1.table(i); table.value != 0)
             runs.push_back({geometry.cluster_of(table), 1});
+    return runs;
+}
+
+std::vector<HostRun> State::used_runs() const {
+    auto runs = metadata_runs();
+    if (bitmaps) {
+        const auto more = bitmaps->runs();
+        runs.insert(runs.end(), more.begin(), more.end());
+    }
     return runs;
 }
 

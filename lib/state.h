@@ -7,7 +7,7 @@
 
 #include "allocator.h"
 #include "backing.h"
-#include "compressed_clusters.h"
+#include "bitmaps.h"
 #include "contents.h"
 #include "file.h"
 #include "header_home.h"
@@ -52,14 +52,17 @@ struct State {
     Allocator allocator;
     WriteBack write_back;
     RangeLock ranges;
-    CompressedClusters compressed;
     Mapper mapper;
     Contents contents;
+    const std::unique_ptr<Bitmaps> bitmaps; ///< null: the image has none that count
     const std::uint64_t cache_bytes;
     const std::uint64_t opened_end; ///< clusters of the file when it was opened
 
-    /// Header, L1, refcount table and blocks, L2 tables: in use, whatever their refcounts say.
+    /// Header, L1, refcount table and blocks, L2 tables: in use, whatever their refcounts say. Bitmaps are not among
+    /// them.
     std::vector<HostRun> metadata_runs() const;
+    /// These, and what the bitmaps have.
+    std::vector<HostRun> used_runs() const;
 };
 
 } // namespace qlean

@@ -2,6 +2,7 @@
 // Copyright (c) 2026, the qlean authors
 #include "compact.h"
 
+#include "bitmap_moves.h"
 #include "metadata_moves.h"
 #include "relocator.h"
 
@@ -332,6 +333,7 @@ void Compact::settle_metadata(const Layout &layout, const StopCheck &stop) {
             state_.write_back.commit_as_leader(WriteBack::Give::back);
             move_l1_table(state_, layout);
             move_refcount_table(state_, layout);
+            move_bitmaps(state_, layout.end, most);
             move_refcount_blocks(state_, layout, most);
             state_.write_back.commit_as_leader(WriteBack::Give::back);
         });

@@ -2,6 +2,8 @@
 // Copyright (c) 2026, the qlean authors
 #include "layout.h"
 
+#include "bitmap_moves.h"
+
 namespace qlean {
 
 Layout Layout::measure(State &state, std::uint64_t leaked, std::uint64_t empty_tables) {
@@ -41,7 +43,7 @@ Layout Layout::measure(State &state, std::uint64_t leaked, std::uint64_t empty_t
     const auto beyond = [&](HostOffset home, std::uint64_t clusters) {
         return clusters > 0 && g.cluster_of(home).value + clusters > layout.end.value;
     };
-    layout.pending = leaked + empty_tables;
+    layout.pending = leaked + empty_tables + bitmap_clusters_beyond(state, layout.end);
     for (const auto &[region, cluster] : blocks)
         layout.pending += cluster >= layout.end || region > layout.last_region;
     for (std::uint64_t i = 0; i < state.l1.size(); ++i)

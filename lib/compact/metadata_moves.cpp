@@ -3,6 +3,7 @@
 #include "metadata_moves.h"
 
 #include "../byte_order.h"
+#include "bitmap_moves.h"
 #include "relocator.h"
 
 #include <mutex>
@@ -212,7 +213,7 @@ void move_l1_table(State &state, const Layout &layout) {
 // --- making room for what must be adjacent ------------------------------------------------------------------------
 
 std::uint64_t adjacent_clusters_wanted(State &state, const Layout &layout) {
-    std::uint64_t most = 0;
+    std::uint64_t most = adjacent_bitmap_clusters_wanted(state, layout.end);
     if (const std::uint64_t n = l1_clusters(state); beyond(state, state.l1.home(), n, layout.end))
         most = std::max(most, n);
     const std::uint64_t now = state.refcounts.table_clusters();

@@ -34,9 +34,6 @@ refused external 'external data|data file'
 create "$W/snapshot.qcow2" 16M
 qemu-img snapshot -c one "$W/snapshot.qcow2"
 refused snapshot 'snapshot'
-create "$W/bitmap.qcow2" 16M
-qemu-img bitmap --add "$W/bitmap.qcow2" one
-refused bitmap 'bitmap'
 create_luks "$W/luks.qcow2" 16M
 refused luks 'encrypt|luks'
 create "$W/dirty.qcow2" 16M

@@ -173,9 +173,6 @@ TEST_CASE("What is not supported is refused by name") {
     auto backing = with(8, std::uint64_t{200});
     store_be<std::uint32_t>(backing, 16, 4);
     require_refused(backing, "backing file");
-    Header bitmaps = sample();
-    bitmaps.extensions.push_back({Header::extension_bitmaps, std::vector<std::byte>(24)});
-    require_refused(encoded(bitmaps), "bitmaps");
     Header zstd = sample();
     zstd.header_length = 112;
     zstd.incompatible = Header::incompatible_compression;

@@ -1,0 +1,297 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+#include "bitmaps.h"
+
+#include "byte_order.h"
+#include "error.h"
+
+namespace qlean {
+
+namespace {
+
+constexpr int max_commits_for_space = 4;
+
+} // namespace
+
+Bitmaps::Bitmaps(const Geometry &geometry, File &file, HeaderHome &header, Refcounts &refcounts, Allocator &allocator,
+                 WriteBack &write_back, Metadata metadata)
+    : geometry_(geometry), file_(file), header_(header), refcounts_(refcounts), allocator_(allocator),
+      write_back_(write_back), metadata_(std::move(metadata)) {}
+
+// --- opening ------------------------------------------------------------------------------------------------------
+
+std::unique_ptr<Bitmaps> Bitmaps::open(const Geometry &geometry, File &file, HeaderHome &home, Refcounts &refcounts,
+                                       Allocator &allocator, WriteBack &write_back, Metadata metadata) {
+    const Header header = home.header();
+    const HeaderExtension *extension = header.extension(Header::extension_bitmaps);
+    if (!header.bitmaps_count() || !extension)
+        return nullptr;
+    for (const HeaderExtension &other : header.extensions)
+        if (other.type == extension->type && &other != extension)
+            throw_bad_image("'{}' is damaged: it has more than one bitmaps header extension", file.name());
+    auto bitmaps = std::unique_ptr<Bitmaps>(
+        new Bitmaps(geometry, file, home, refcounts, allocator, write_back, std::move(metadata)));
+    bitmaps->load(BitmapsExtension::parse(extension->data, geometry, file.name()));
+    return bitmaps;
+}
+
+void Bitmaps::load(const BitmapsExtension &extension) {
+    directory_ = extension.directory;
+    directory_bytes_ = extension.directory_bytes;
+    if (directory_run().end().value > allocator_.end())
+        throw_bad_image("'{}' is truncated: its bitmap directory at {:#x} lies beyond the end of the file",
+                        file_.name(), directory_.value);
+    std::vector<std::byte> bytes(directory_bytes_);
+    file_.read(bytes, directory_);
+    entries_ = parse_bitmap_directory(bytes, extension.count, geometry_, file_.name());
+    require_tables();
+}
+
+/// What QEMU would read when it opens the image has to make sense; a bitmap that is inconsistent may not.
+void Bitmaps::require_tables() const {
+    std::uint64_t clusters = 0;
+    for (const BitmapEntry &e : entries_) {
+        // Every table has its own clusters: the file bounds what there is to read.
+        clusters += table_run(e).count;
+        if (clusters > allocator_.end())
+            throw_bad_image("'{}' is damaged: its bitmap tables are larger than the file", file_.name());
+        if (e.in_use())
+            continue;
+        const auto table = read_table(e);
+        if (table.empty())
+            throw_bad_image("'{}' is truncated: the table of a bitmap at {:#x} lies beyond the end of the file",
+                            file_.name(), e.table.value);
+        for (const std::uint64_t word : table) {
+            const BitmapWord w = BitmapWord::decode(word, geometry_);
+            if (w.kind == BitmapWord::Kind::damaged ||
+                (w.kind == BitmapWord::Kind::stored && w.host.value >= allocator_.end()))
+                throw_bad_image("'{}' is damaged: the bitmap table at {:#x} has the impossible entry {:#x}; see "
+                                "'qemu-img check'",
+                                file_.name(), e.table.value, word);
+        }
+    }
+}
+
+// --- where things are ---------------------------------------------------------------------------------------------
+
+BitmapEntry Bitmaps::entry(std::size_t i) const {
+    const std::lock_guard guard(mutex_);
+    return entries_[i];
+}
+
+HostRun Bitmaps::directory_run() const {
+    const std::lock_guard guard(mutex_);
+    return {geometry_.cluster_of(directory_), geometry_.clusters_for(directory_bytes_)};
+}
+
+std::vector<std::uint64_t> Bitmaps::read_table(const BitmapEntry &entry) const {
+    if (table_run(entry).end().value > allocator_.end())
+        return {};
+    std::vector<std::uint64_t> words(entry.table_size);
+    const auto data = file_.next_data(entry.table);
+    if (data && *data < entry.table + entry.table_bytes())
+        file_.read(std::as_writable_bytes(std::span(words)), entry.table);
+    for (std::uint64_t &word : words)
+        word = big_endian(word);
+    return words;
+}
+
+std::vector<HostRun> Bitmaps::runs() const {
+    std::vector<HostRun> runs;
+    if (!count())
+        return runs;
+    runs.push_back(directory_run());
+    for (std::size_t i = 0; i < size(); ++i) {
+        const BitmapEntry e = entry(i);
+        const auto table = read_table(e);
+        if (table.empty())
+            continue;
+        append_run(runs, table_run(e));
+        for (const std::uint64_t word : table)
+            if (const BitmapWord w = BitmapWord::decode(word, geometry_);
+                w.kind == BitmapWord::Kind::stored && w.host.value < allocator_.end())
+                append_run(runs, {w.host, 1});
+    }
+    return runs;
+}
+
+std::optional<std::string> Bitmaps::damage() const {
+    for (std::size_t i = 0; i < size() && count(); ++i) {
+        const BitmapEntry e = entry(i);
+        const auto table = read_table(e);
+        bool damaged = table.empty();
+        for (const std::uint64_t word : table) {
+            const BitmapWord w = BitmapWord::decode(word, geometry_);
+            damaged = damaged || w.kind == BitmapWord::Kind::damaged ||
+                      (w.kind == BitmapWord::Kind::stored && w.host.value >= allocator_.end());
+        }
+        if (damaged)
+            return fmt::format("the table of a bitmap at {:#x} is not valid", e.table.value);
+    }
+    return std::nullopt;
+}
+
+void Bitmaps::switch_directory(HostOffset home) {
+    header_.set_extension_word(Header::extension_bitmaps, BitmapsExtension::offset_at, home.value);
+    const std::lock_guard guard(mutex_);
+    directory_ = home;
+}
+
+void Bitmaps::switch_table(std::size_t i, HostOffset home) {
+    const std::uint64_t word = big_endian(home.value);
+    file_.write(std::as_bytes(std::span(&word, 1)), directory_ + entries_[i].at + BitmapEntry::table_at);
+    const std::lock_guard guard(mutex_);
+    entries_[i].table = home;
+}
+
+void Bitmaps::switch_stored(std::size_t i, const std::vector<std::pair<std::uint64_t, HostCluster>> &words) {
+    const BitmapEntry e = entry(i);
+    for (std::size_t done = 0; done < words.size();) {
+        std::vector<std::uint64_t> run;
+        const std::uint64_t first = words[done].first;
+        for (; done < words.size() && words[done].first == first + run.size(); ++done)
+            run.push_back(big_endian(geometry_.offset_of(words[done].second).value));
+        file_.write(std::as_bytes(std::span(run)), e.table + first * 8);
+    }
+}
+
+// --- before the first change --------------------------------------------------------------------------------------
+
+void Bitmaps::begin() {
+    write_back_.lead([&] {
+        std::vector<std::size_t> chosen;
+        for (std::size_t i = 0; i < size(); ++i)
+            if (entries_[i].tracked())
+                chosen.push_back(i);
+        if (chosen.empty())
+            return;
+        if (const auto why = unsafe())
+            return give_up(*why);
+        std::vector<Tracked> tracked;
+        for (const std::size_t i : chosen)
+            tracked.push_back({i, entries_[i].granularity_bits, DirtyBits(entries_[i].bits(geometry_.virtual_size()))});
+        // Each flag is in one sector. Should power fail in between, some bitmaps are inconsistent and others are right.
+        for (const std::size_t i : chosen)
+            write_flags(i, entries_[i].flags | BitmapEntry::flag_in_use);
+        write_back_.sync_as_leader();
+        for (const std::size_t i : chosen)
+            entries_[i].flags |= BitmapEntry::flag_in_use;
+        tracked_ = std::move(tracked);
+    });
+}
+
+void Bitmaps::write_flags(std::size_t i, std::uint32_t flags) {
+    const std::uint32_t word = big_endian(flags);
+    file_.write(std::as_bytes(std::span(&word, 1)), directory_ + entries_[i].at + BitmapEntry::flags_at);
+}
+
+/// Why nothing of the bitmaps may be written in place: a cluster of theirs may hold something else too.
+std::optional<std::string> Bitmaps::unsafe() const {
+    std::vector<HostRun> own = runs();
+    const auto overlap = [](const HostRun &a, const HostRun &b) { return a.first < b.end() && b.first < a.end(); };
+    std::sort(own.begin(), own.end(), [](const HostRun &a, const HostRun &b) { return a.first < b.first; });
+    for (std::size_t i = 1; i < own.size(); ++i)
+        if (overlap(own[i - 1], own[i]))
+            return fmt::format("host cluster {} is used twice", own[i].first.value);
+    for (const HostRun &run : metadata_()) {
+        auto next = std::lower_bound(own.begin(), own.end(), run.first,
+                                     [](const HostRun &a, HostCluster first) { return a.end() <= first; });
+        if (next != own.end() && overlap(*next, run))
+            return fmt::format("host cluster {} is used twice", std::max(run.first, next->first).value);
+    }
+    for (const HostRun &run : own)
+        for (std::uint64_t i = 0; i < run.count; ++i)
+            if (const std::uint64_t n = refcounts_.get(run.first + i); n != 1)
+                return fmt::format("host cluster {} has a refcount of {}", (run.first + i).value, n);
+    return std::nullopt;
+}
+
+/// What a program does that knows nothing of bitmaps: from now on they do not count.
+void Bitmaps::give_up(const std::string &why) {
+    header_.update([](Header &h) { h.autoclear &= ~Header::autoclear_bitmaps; });
+    write_back_.sync_as_leader();
+    given_up_ = true;
+    if (report_)
+        report_(Error(Error::Kind::bad_image, EIO,
+                      fmt::format("'{}' is damaged: a bitmap shares its place with something else ({}), so all bitmaps "
+                                  "of the image are discarded; run 'qemu-img check' on it",
+                                  file_.name(), why)));
+}
+
+// --- a clean end --------------------------------------------------------------------------------------------------
+
+bool Bitmaps::store() {
+    if (tracked_.empty())
+        return false;
+    write_back_.lead([this] { store_as_leader(); });
+    return true;
+}
+
+Allocator::Reservation Bitmaps::reserve(std::uint64_t count) {
+    for (int commits = 0; commits < max_commits_for_space; ++commits) {
+        auto reserved = allocator_.reserve(count, Allocator::Growth::now);
+        if (!reserved.empty())
+            return reserved;
+        write_back_.commit_as_leader(WriteBack::Give::back);
+    }
+    throw Error(Error::Kind::no_space, ENOSPC,
+                fmt::format("'{}' cannot grow any further, so its bitmaps cannot be stored", file_.name()));
+}
+
+void Bitmaps::store_as_leader() {
+    std::vector<Allocator::Reservation> reserved;
+    std::vector<std::vector<std::pair<std::uint64_t, HostCluster>>> words(tracked_.size());
+    for (std::size_t n = 0; n < tracked_.size(); ++n)
+        store_bits(tracked_[n], reserved, words[n]);
+    write_back_.write_refcounts_as_leader();
+    write_back_.sync_as_leader();
+    // The bits and the refcounts of their clusters are durable: now the tables may point there.
+    if (!reserved.empty()) {
+        for (auto &r : reserved)
+            r.publish();
+        write_back_.switch_as_leader([&] {
+            for (std::size_t n = 0; n < tracked_.size(); ++n)
+                switch_stored(tracked_[n].entry, words[n]);
+        });
+    }
+    for (const Tracked &t : tracked_)
+        write_flags(t.entry, entries_[t.entry].flags & ~BitmapEntry::flag_in_use);
+    write_back_.sync_as_leader();
+    for (const Tracked &t : tracked_)
+        entries_[t.entry].flags &= ~BitmapEntry::flag_in_use;
+    tracked_.clear();
+}
+
+/// Writes the clusters of one bitmap in which bits were set; `words` is what its table has to say of new ones.
+void Bitmaps::store_bits(const Tracked &tracked, std::vector<Allocator::Reservation> &reserved,
+                         std::vector<std::pair<std::uint64_t, HostCluster>> &words) {
+    const std::uint64_t cluster = geometry_.cluster_size();
+    const auto table = read_table(entries_[tracked.entry]);
+    std::vector<std::byte> bytes(cluster);
+    std::vector<std::uint64_t> missing;
+    tracked.bits.each_touched(cluster, [&](std::uint64_t i) {
+        const BitmapWord w = BitmapWord::decode(table.at(i), geometry_);
+        if (w.kind == BitmapWord::Kind::zeroes)
+            missing.push_back(i);
+        if (w.kind != BitmapWord::Kind::stored)
+            return;
+        file_.read(bytes, geometry_.offset_of(w.host));
+        const auto before = bytes;
+        tracked.bits.merge_into(bytes, i * cluster);
+        if (bytes != before)
+            file_.write(bytes, geometry_.offset_of(w.host));
+    });
+    if (missing.empty())
+        return;
+    reserved.push_back(reserve(missing.size()));
+    auto next = missing.begin();
+    for (const auto &extent : reserved.back().extents())
+        for (std::uint64_t n = 0; n < extent.run.count; ++n, ++next) {
+            std::fill(bytes.begin(), bytes.end(), std::byte{0});
+            tracked.bits.merge_into(bytes, *next * cluster);
+            file_.write(bytes, geometry_.offset_of(extent.run.first + n));
+            words.emplace_back(*next, extent.run.first + n);
+        }
+}
+
+} // namespace qlean

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// The persistent bitmaps of an open image: where their parts are, and keeping the enabled ones right while the guest
+// writes (docs/interop/qcow2, "Bitmaps"). There is such an object only if the image has bitmaps that count (autoclear
+// bit 0 set); otherwise what the header extension says is not to be relied on, and nothing of it is looked at.
+//
+// A bitmap that is enabled and consistent is *tracked*. Before the first change of the disk the flag in_use of each is
+// durable in the directory: from then on its stored bits do not count, and if the process dies they never will again.
+// What the guest changes is marked in memory before it is changed. A clean close sets these bits in the file as well,
+// in place (nobody relies on them), and clears in_use when they are durable. Bitmaps that are disabled or inconsistent
+// already keep every byte.
+#pragma once
+
+#include "allocator.h"
+#include "bitmap_directory.h"
+#include "dirty_bits.h"
+#include "header_home.h"
+#include "refcounts.h"
+#include "write_back.h"
+
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+
+namespace qlean {
+
+class Bitmaps {
+  public:
+    /// What else is in use, whatever refcounts say.
+    using Metadata = std::function<std::vector<HostRun>()>;
+
+    /// Null if the image has no bitmaps that count. Reads and judges directory and tables, as QEMU does.
+    static std::unique_ptr<Bitmaps> open(const Geometry &geometry, File &file, HeaderHome &header, Refcounts &refcounts,
+                                         Allocator &allocator, WriteBack &write_back, Metadata metadata);
+
+    /// To be called after WriteBack::before_change() and before anything of the range changes, with no lock held.
+    /// The first call makes in_use durable.
+    void mark(GuestOffset at, std::uint64_t length) {
+        std::call_once(begun_, [this] { begin(); });
+        for (Tracked &t : tracked_)
+            t.bits.set(at.value >> t.granularity_bits, (at.value + (length - 1)) >> t.granularity_bits);
+    }
+    /// At a clean end, when nothing changes any more: the tracked bitmaps are right in the file again. False: they
+    /// were.
+    bool store();
+    /// Called with the reason if the bitmaps had to be given up.
+    void on_problem(std::function<void(const std::exception &)> report) { report_ = std::move(report); }
+
+    // --- for walks and moves: as the leader, except runs()
+
+    /// False once the bitmaps were given up: nothing of them counts any more.
+    bool count() const { return !given_up_; }
+    /// Directory, tables and stored clusters. Skips what is damaged.
+    std::vector<HostRun> runs() const;
+    /// A sentence about the first table (of a bitmap that is inconsistent anyway) that makes no sense, if there is one.
+    std::optional<std::string> damage() const;
+
+    std::size_t size() const { return entries_.size(); }
+    /// A copy: the leader may be moving it.
+    BitmapEntry entry(std::size_t i) const;
+    HostRun table_run(const BitmapEntry &entry) const {
+        return {geometry_.cluster_of(entry.table), geometry_.clusters_for(entry.table_bytes())};
+    }
+    HostRun directory_run() const;
+    /// In host byte order; empty if the table lies beyond the end of the file.
+    std::vector<std::uint64_t> read_table(const BitmapEntry &entry) const;
+
+    // Each makes the file point at another home whose content is durable; the caller makes the change durable.
+    void switch_directory(HostOffset home);
+    void switch_table(std::size_t i, HostOffset home);
+    void switch_stored(std::size_t i, const std::vector<std::pair<std::uint64_t, HostCluster>> &words);
+
+  private:
+    struct Tracked {
+        std::size_t entry;
+        unsigned granularity_bits;
+        DirtyBits bits;
+    };
+
+    Bitmaps(const Geometry &geometry, File &file, HeaderHome &header, Refcounts &refcounts, Allocator &allocator,
+            WriteBack &write_back, Metadata metadata);
+    void load(const BitmapsExtension &extension);
+    void require_tables() const;
+    void begin();
+    void write_flags(std::size_t i, std::uint32_t flags);
+    std::optional<std::string> unsafe() const;
+    void give_up(const std::string &why);
+    void store_as_leader();
+    void store_bits(const Tracked &tracked, std::vector<Allocator::Reservation> &reserved,
+                    std::vector<std::pair<std::uint64_t, HostCluster>> &words);
+    Allocator::Reservation reserve(std::uint64_t count);
+
+    Geometry geometry_;
+    File &file_;
+    HeaderHome &header_;
+    Refcounts &refcounts_;
+    Allocator &allocator_;
+    WriteBack &write_back_;
+    Metadata metadata_;
+    std::function<void(const std::exception &)> report_;
+
+    std::once_flag begun_;
+    std::vector<Tracked> tracked_; // made by begin()
+    std::atomic<bool> given_up_{false};
+
+    mutable std::mutex mutex_; // protects the homes that follow; only the leader changes them
+    HostOffset directory_;
+    std::uint64_t directory_bytes_ = 0;
+    std::vector<BitmapEntry> entries_;
+};
+
+} // namespace qlean
