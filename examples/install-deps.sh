@@ -8,7 +8,7 @@ set -euo pipefail
 
 declare -A packages=(
     [build]="g++ meson ninja-build pkg-config perl libfmt-dev libssl-dev libcryptsetup-dev nlohmann-json3-dev libcli11-dev libnbd-dev nbdkit
-        nbdkit-plugin-dev catch2"
+        nbdkit-plugin-dev catch2 zlib1g-dev libzstd-dev"
     [try]="libnbd-bin fuse3 qemu-utils e2fsprogs python3 python3-libnbd"
     [test]="qemu-system-x86 libvirt-clients libvirt-daemon libvirt-daemon-driver-qemu xfsprogs btrfs-progs busybox-static
         jq fio strace procps xz-utils zstd"

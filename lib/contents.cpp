@@ -29,9 +29,7 @@ void Contents::read(GuestCluster c, const Mapping &mapping, std::uint64_t within
         std::memset(into.data(), 0, into.size());
         return;
     case Kind::compressed:
-        throw Error(Error::Kind::unsupported, EIO,
-                    fmt::format("'{}': the cluster at guest offset {:#x} is compressed, which is not supported yet",
-                                data_.name(), geometry_.offset_of(c).value));
+        return compressed_.read(c, mapping.bits, within, into);
     case Kind::mixed:
     case Kind::mixed_allocated:
         throw Error(Error::Kind::unsupported, EIO,

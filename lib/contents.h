@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) 2026, the qlean authors
 //
-// What the guest sees in a cluster, wherever it comes from: the data file, what lies below, zeroes. The one place that
-// knows all of these; reading, copy-on-write and the search for zeroes ask here.
+// What the guest sees in a cluster, wherever it comes from: the data file, a compressed extent, what lies below, zeroes.
+// The one place that knows all of these; reading, copy-on-write and the search for zeroes ask here.
 //
 // The caller holds the cluster in the range lock (shared is enough), so that `mapping` stays true.
 #pragma once
 
 #include "backing.h"
+#include "compressed_clusters.h"
 #include "file.h"
 #include "l2_entry.h"
 
@@ -19,8 +20,8 @@ namespace qlean {
 class Contents {
   public:
     /// `below`: what the image lies on; may be null.
-    Contents(const Geometry &geometry, File &data, Backing *below)
-        : geometry_(geometry), data_(data), below_(below) {}
+    Contents(const Geometry &geometry, File &data, Backing *below, CompressedClusters &compressed)
+        : geometry_(geometry), data_(data), below_(below), compressed_(compressed) {}
 
     bool has_below() const { return below_ != nullptr; }
     /// Nothing of the image's own is there, and what lies below has nothing there either; or it is zeroes by its entry.
@@ -38,6 +39,7 @@ class Contents {
     const Geometry geometry_;
     File &data_;
     Backing *below_;
+    CompressedClusters &compressed_;
 };
 
 } // namespace qlean

@@ -105,8 +105,13 @@ void Image::prefetch(GuestOffset at, std::uint64_t length) {
         const RangeLock::Shared guard(state_.ranges, at, stop - at);
         state_.mapper.resolve(first, mappings);
         each_cluster(g, at, stop - at, [&](std::uint64_t, GuestCluster c, std::uint64_t within, std::uint64_t n) {
-            if (mappings[c - first].kind == Mapping::Kind::data)
-                state_.data.will_need(g.offset_of(mappings[c - first].host) + within, n);
+            const Mapping &m = mappings[c - first];
+            if (m.kind == Mapping::Kind::data)
+                state_.data.will_need(g.offset_of(m.host) + within, n);
+            if (m.kind == Mapping::Kind::compressed) {
+                const auto extent = entry::compressed_extent(m.bits, g.cluster_bits());
+                state_.file.will_need(extent.at, extent.bytes);
+            }
         });
         at = stop;
     }

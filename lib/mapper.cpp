@@ -103,7 +103,10 @@ Mapping Mapper::Editor::get(GuestCluster c) const {
 }
 
 void Mapper::Editor::set_words(GuestCluster c, const L2Words &words) {
-    pins_[mapper_.l2_.slice_of(c) - first_slice_].store(c, words);
+    L2Cache::Pin &at = pins_[mapper_.l2_.slice_of(c) - first_slice_];
+    if ((at.load(c).entry | words.entry) & entry::compressed)
+        mapper_.compressed_.forget(c); // every change passes here, so nothing that is out of date is kept
+    at.store(c, words);
 }
 
 void Mapper::Editor::set_data(GuestCluster c, HostCluster host) {

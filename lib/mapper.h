@@ -11,6 +11,7 @@
 #pragma once
 
 #include "allocator.h"
+#include "compressed_clusters.h"
 #include "l1_table.h"
 #include "l2_cache.h"
 #include "l2_entry.h"
@@ -23,8 +24,9 @@ namespace qlean {
 class Mapper {
   public:
     Mapper(const Geometry &geometry, const EntryFormat &format, File &file, L1Table &l1, L2Cache &l2,
-           Allocator &allocator)
-        : geometry_(geometry), format_(format), file_(file), l1_(l1), l2_(l2), allocator_(allocator) {}
+           Allocator &allocator, CompressedClusters &compressed)
+        : geometry_(geometry), format_(format), file_(file), l1_(l1), l2_(l2), allocator_(allocator),
+          compressed_(compressed) {}
 
     const EntryFormat &format() const { return format_; }
 
@@ -58,6 +60,10 @@ class Mapper {
         void set_words(GuestCluster c, const L2Words &words);
         /// The whole cluster is data in `host`, which belongs to this entry alone.
         void set_data(GuestCluster c, HostCluster host);
+        /// The whole cluster is in an extent, on whose host clusters this entry holds its references already.
+        void set_compressed(GuestCluster c, std::uint64_t descriptor) {
+            set_words(c, {descriptor | entry::compressed, 0});
+        }
         void set_unallocated(GuestCluster c) { set_words(c, {}); }
         /// Reads as zeroes, whatever lies below. Not in version 2.
         void set_zero(GuestCluster c);
@@ -82,6 +88,7 @@ class Mapper {
     L1Table &l1_;
     L2Cache &l2_;
     Allocator &allocator_;
+    CompressedClusters &compressed_;
 };
 
 } // namespace qlean

@@ -12,7 +12,9 @@ State::State(Opened o)
       refcounts(geometry, file, std::move(o.refcount_table), o.header.refcount_table_offset),
       allocator(geometry, file, refcounts, o.end, [this] { return used_runs(); }),
       write_back(geometry, read_only, file, syncs, header, l1, l2, refcounts, allocator), ranges(geometry),
-      mapper(geometry, o.header.entry_format(), file, l1, l2, allocator), contents(geometry, data, backing.get()),
+      compressed(geometry, static_cast<Compression>(o.header.compression_type), file),
+      mapper(geometry, o.header.entry_format(), file, l1, l2, allocator, compressed),
+      contents(geometry, data, backing.get(), compressed),
       bitmaps(Bitmaps::open(geometry, file, header, refcounts, allocator, write_back, [this] { return metadata_runs(); })),
       cache_bytes(o.cache_bytes), opened_end(o.end) {
     if (bitmaps)

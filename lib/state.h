@@ -8,6 +8,7 @@
 #include "allocator.h"
 #include "backing.h"
 #include "bitmaps.h"
+#include "compressed_clusters.h"
 #include "contents.h"
 #include "file.h"
 #include "header_home.h"
@@ -52,6 +53,7 @@ struct State {
     Allocator allocator;
     WriteBack write_back;
     RangeLock ranges;
+    CompressedClusters compressed;
     Mapper mapper;
     Contents contents;
     const std::unique_ptr<Bitmaps> bitmaps; ///< null: the image has none that count
