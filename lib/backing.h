@@ -6,12 +6,18 @@
 #pragma once
 
 #include "address.h"
+#include "file.h"
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
+#include <string>
+#include <vector>
 
 namespace qlean {
+
+struct Header;
 
 class Backing {
   public:
@@ -26,9 +32,22 @@ class Backing {
         std::uint64_t length; ///< not 0
         bool allocated, zero; ///< as Image::Extent
     };
-    /// What the range begins with; `length` > 0, and the answer is not longer.
-    virtual Extent extent(GuestOffset at, std::uint64_t length) = 0;
+    /// What the range consists of, from `at` on: all of it, or its beginning in `most` extents. `length` > 0.
+    virtual std::vector<Extent> extents(GuestOffset at, std::uint64_t length, std::size_t most) = 0;
+    /// Asks the host to read the range ahead.
     virtual void prefetch(GuestOffset at, std::uint64_t length) = 0;
 };
+
+/// An image of a chain, while what is below it is opened: who named it, and which file it is.
+struct ChainLink {
+    const ChainLink *above; ///< null for the image that is served
+    const File &file;
+};
+
+/// Opens what `header`, of `file`, names below it, read-only and with QEMU's shared locks; null if it names nothing.
+/// `cache_bytes`: for L2 tables of all that lies below. Throws Error for a file that cannot be opened, a chain that does
+/// not end, or what is neither raw nor QCOW2.
+std::unique_ptr<Backing> open_backing(const Header &header, const File &file, const ChainLink *above,
+                                      std::uint64_t cache_bytes);
 
 } // namespace qlean

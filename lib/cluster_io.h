@@ -21,12 +21,13 @@ void each_cluster(const Geometry &geometry, GuestOffset at, std::uint64_t length
     }
 }
 
-/// Bytes of memory for adjacent bytes of the file, joined as they are added, done when the next does not fit.
-template <class Byte, class Io>
+/// Bytes of memory for adjacent bytes of the file (or of another disk), joined as they are added, done when the next
+/// does not fit.
+template <class Byte, class Offset, class Io>
 class Joined {
   public:
     explicit Joined(Io io) : io_(std::move(io)) {}
-    void add(std::span<Byte> bytes, HostOffset at) {
+    void add(std::span<Byte> bytes, Offset at) {
         if (!bytes_.empty() && bytes_.data() + bytes_.size() == bytes.data() && at_ + bytes_.size() == at) {
             bytes_ = {bytes_.data(), bytes_.size() + bytes.size()};
             return;
@@ -44,9 +45,12 @@ class Joined {
   private:
     Io io_;
     std::span<Byte> bytes_;
-    HostOffset at_;
+    Offset at_;
 };
 
-template <class Byte, class Io> Joined<Byte, Io> joined(Io io) { return Joined<Byte, Io>(std::move(io)); }
+template <class Byte, class Offset = HostOffset, class Io>
+Joined<Byte, Offset, Io> joined(Io io) {
+    return Joined<Byte, Offset, Io>(std::move(io));
+}
 
 } // namespace qlean

@@ -21,9 +21,16 @@ class Contents {
   public:
     /// `below`: what the image lies on; may be null.
     Contents(const Geometry &geometry, File &data, Backing *below, CompressedClusters &compressed)
-        : geometry_(geometry), data_(data), below_(below), compressed_(compressed) {}
+        : geometry_(geometry), data_(data), below_(below), below_end_(below == nullptr ? 0 : below->size()),
+          compressed_(compressed) {}
 
     bool has_below() const { return below_ != nullptr; }
+    /// What lies below the image, for clusters that are unallocated; null for nothing but zeroes.
+    Backing *below() const { return below_; }
+    /// Neither for this cluster nor for a later one is there anything below the image: unallocated is zeroes.
+    bool ends_below(GuestCluster c) const {
+        return geometry_.offset_of(c).value >= below_end_;
+    }
     /// Nothing of the image's own is there, and what lies below has nothing there either; or it is zeroes by its entry.
     bool is_zero(GuestCluster c, const Mapping &mapping) const;
     /// The entry might as well be unallocated: nothing is lost with it.
@@ -39,6 +46,7 @@ class Contents {
     const Geometry geometry_;
     File &data_;
     Backing *below_;
+    const std::uint64_t below_end_;
     CompressedClusters &compressed_;
 };
 

@@ -17,6 +17,13 @@
 
 namespace qlean {
 
+/// A file of the host, by whatever name.
+struct FileIdentity {
+    std::uint64_t device, inode;
+
+    friend bool operator==(const FileIdentity &, const FileIdentity &) = default;
+};
+
 class File {
   public:
     virtual ~File() = default;
@@ -43,11 +50,15 @@ class File {
     virtual std::uint64_t allocated() = 0;
     /// The first byte at or after `at` that may hold data; nothing if only a hole follows.
     virtual std::optional<HostOffset> next_data(HostOffset at) = 0;
+    /// The first byte after `at`, which may hold data, that does not; at most the length.
+    virtual HostOffset next_hole(HostOffset) { return {length()}; }
     /// Hints; they may do nothing.
     virtual void will_need(HostOffset at, std::uint64_t length) = 0;
     virtual void start_writing_out(HostOffset at, std::uint64_t length) = 0;
     /// The name for messages.
     virtual const std::string &name() const = 0;
+    /// Which file this is, where it is one of the host.
+    virtual std::optional<FileIdentity> identity() const { return std::nullopt; }
 
     /// Writes zeroes the slow way.
     void write_zeroes(HostOffset at, std::uint64_t length);

@@ -138,7 +138,7 @@ Header Header::parse(std::span<const std::byte> bytes, const std::string &file) 
             backing_offset + backing_size > header_area)
             throw_bad_image("'{}' is damaged: its backing file name lies outside the first cluster", file);
         const auto *name = reinterpret_cast<const char *>(bytes.data() + backing_offset);
-        h.backing_file.assign(name, backing_size);
+        h.backing_file.assign(name, ::strnlen(name, backing_size));
         if (backing_offset > h.header_length)
             extension_area = backing_offset;
     }
@@ -186,8 +186,6 @@ void Header::require_supported(const std::string &file) const {
         unsupported("extended L2 entries (subclusters)");
     if (crypt_method != 0)
         unsupported(crypt_method == 2 ? "LUKS encryption" : "AES encryption");
-    if (!backing_file.empty())
-        unsupported("a backing file");
     if (snapshot_count != 0)
         unsupported("internal snapshots");
     if (incompatible & incompatible_compression || compression_type != 0)

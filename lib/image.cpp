@@ -43,15 +43,20 @@ void Image::read(std::span<std::byte> into, GuestOffset at) {
         const RangeLock::Shared guard(state_.ranges, at, piece.size());
         state_.mapper.resolve(first, mappings);
         auto reads = joined<std::byte>([&](std::span<std::byte> bytes, HostOffset from) { state_.data.read(bytes, from); });
+        auto reads_below = joined<std::byte, GuestOffset>(
+            [&](std::span<std::byte> bytes, GuestOffset from) { state_.contents.below()->read(bytes, from); });
         each_cluster(g, at, piece.size(),
                      [&](std::uint64_t done, GuestCluster c, std::uint64_t within, std::uint64_t n) {
                          const Mapping &mapping = mappings[c - first];
                          if (mapping.kind == Mapping::Kind::data)
                              reads.add(piece.subspan(done, n), g.offset_of(mapping.host) + within);
+                         else if (mapping.kind == Mapping::Kind::unallocated && !state_.contents.ends_below(c))
+                             reads_below.add(piece.subspan(done, n), at + done);
                          else
                              state_.contents.read(c, mapping, within, piece.subspan(done, n));
                      });
         reads.finish();
+        reads_below.finish();
         into = into.subspan(piece.size());
         at += piece.size();
     }
@@ -71,19 +76,39 @@ std::vector<Image::Extent> Image::extents(GuestOffset at, std::uint64_t length, 
             else
                 found.push_back({from, to - from, allocated, zero});
         };
-        if (!state_.mapper.has_table(first) && !state_.contents.has_below()) {
+        const auto add_below = [&](GuestOffset from, GuestOffset to) {
+            while (from < to && found.size() <= most)
+                for (const auto &e : state_.contents.below()->extents(from, to - from, most - found.size() + 1)) {
+                    add(from, from + e.length, e.allocated, e.zero);
+                    from += e.length;
+                }
+        };
+        if (!state_.mapper.has_table(first)) {
             // A table that appears meanwhile is a write that came after this answer.
             stop = std::min(end, g.offset_of(state_.mapper.table_end(first)));
-            add(at, stop, false, true);
+            if (state_.contents.ends_below(first))
+                add(at, stop, false, true);
+            else
+                add_below(at, stop);
         } else {
+            GuestOffset below_from = at, below_to = at; // unallocated in a row: what lies below is asked once
             mappings.resize((g.cluster_of(stop - 1) - first) + 1);
             const RangeLock::Shared guard(state_.ranges, at, stop - at);
             state_.mapper.resolve(first, mappings);
             each_cluster(g, at, stop - at, [&](std::uint64_t done, GuestCluster c, std::uint64_t, std::uint64_t n) {
                 const Mapping &m = mappings[c - first];
+                if (m.kind == Mapping::Kind::unallocated && !state_.contents.ends_below(c)) {
+                    if (below_to != at + done)
+                        below_from = at + done;
+                    below_to = at + (done + n);
+                    return;
+                }
+                add_below(below_from, below_to);
+                below_from = below_to;
                 const bool has_data = m.has_host() || m.kind == Mapping::Kind::compressed;
                 add(at + done, at + (done + n), has_data, state_.contents.is_zero(c, m));
             });
+            add_below(below_from, below_to);
         }
         at = stop;
         if (found.size() > most) {
@@ -112,6 +137,8 @@ void Image::prefetch(GuestOffset at, std::uint64_t length) {
                 const auto extent = entry::compressed_extent(m.bits, g.cluster_bits());
                 state_.file.will_need(extent.at, extent.bytes);
             }
+            if (m.kind == Mapping::Kind::unallocated && !state_.contents.ends_below(c))
+                state_.contents.below()->prefetch(g.offset_of(c) + within, n);
         });
         at = stop;
     }

@@ -25,6 +25,8 @@ class Image {
         bool read_only = false;
         /// Bytes of L2 tables to keep in memory.
         std::uint64_t cache_bytes = 64 * 1024 * 1024;
+        /// For an image that is opened as the backing file of another: that one.
+        const ChainLink *above = nullptr;
     };
 
     /// Opens, locks (as QEMU does) and judges the image at `path`. Nothing of it is changed.
@@ -86,7 +88,7 @@ class Image {
     bool write_in_place(std::span<const std::byte> from, GuestOffset at);
     /// A trim is a hint, and leaves what it cannot give back; zeroing is a promise, and fails.
     enum class Unmap { hint, promise };
-    void unmap(GuestOffset at, std::uint64_t length, Unmap how);
+    void unmap(GuestOffset at, std::uint64_t length, Unmap how, bool fast);
     Outcome unmap_chunk(GuestOffset at, std::uint64_t length, Unmap how, Allocator::Growth growth);
     void write_zeroes(GuestOffset at, std::uint64_t length);
     void zero_keeping_space(GuestOffset at, std::uint64_t length, bool fast);

@@ -2,6 +2,7 @@
 // Copyright (c) 2026, the qlean authors
 //
 // Trimming and zeroing: whole clusters become unallocated, parts of one are punched or zeroed in the host's file.
+#include "cluster_io.h"
 #include "error.h"
 #include "image.h"
 
@@ -36,7 +37,7 @@ void Image::split(GuestOffset at, std::uint64_t length, Edge &&edge, Middle &&mi
     for (GuestOffset from = first; from < last;) {
         const GuestOffset table_end = g.offset_of(state_.mapper.table_end(g.cluster_of(from)));
         const GuestOffset chunk_end = from + (unmap_chunk_bytes - from.value % unmap_chunk_bytes);
-        if (!state_.mapper.has_table(g.cluster_of(from)) && !state_.contents.has_below()) {
+        if (!state_.mapper.has_table(g.cluster_of(from)) && state_.contents.ends_below(g.cluster_of(from))) {
             // Nothing there; a table that appears meanwhile is a write that comes after this request.
             from = std::min(last, table_end);
             continue;
@@ -57,7 +58,7 @@ void Image::trim(GuestOffset at, std::uint64_t length) {
         at, length, [&](GuestOffset from, std::uint64_t n) { trim_edge(from, n); },
         [&](GuestOffset from, std::uint64_t n) {
             before_change(from, n);
-            unmap(from, n, Unmap::hint);
+            unmap(from, n, Unmap::hint, false);
         });
 }
 
@@ -70,36 +71,45 @@ void Image::zero(GuestOffset at, std::uint64_t length, Zero how, bool fast) {
         [&](GuestOffset from, std::uint64_t n) {
             before_change(from, n);
             if (how == Zero::may_trim)
-                unmap(from, n, Unmap::promise);
+                unmap(from, n, Unmap::promise, fast);
             else
                 zero_keeping_space(from, n, fast);
         });
 }
 
 /// Whole clusters within one table give up what they hold. Where something lies below it must not show: they become
-/// zero clusters; version 2 has none, so there a trim does nothing, and zeroes are written.
-void Image::unmap(GuestOffset at, std::uint64_t length, Unmap how) {
-    if (state_.contents.has_below() && state_.mapper.format().version < 3) {
-        if (how == Unmap::promise)
-            write_zeroes(at, length);
-        return;
+/// zero clusters. Version 2 has none: there each keeps its place, and is punched or zeroed within it.
+void Image::unmap(GuestOffset at, std::uint64_t length, Unmap how, bool fast) {
+    try {
+        with_room([&](Allocator::Growth growth) { return unmap_chunk(at, length, how, growth); });
+    } catch (const Error &error) {
+        // Hiding what lies below may want a new table. A hint does not fail for that.
+        if (how != Unmap::hint || error.kind() != Error::Kind::no_space)
+            throw;
     }
-    with_room([&](Allocator::Growth growth) { return unmap_chunk(at, length, how, growth); });
+    if (state_.mapper.format().version < 3 && !state_.contents.ends_below(state_.geometry.cluster_of(at)))
+        each_cluster(state_.geometry, at, length, [&](std::uint64_t done, GuestCluster, std::uint64_t, std::uint64_t n) {
+            if (how == Unmap::hint)
+                trim_edge(at + done, n);
+            else
+                zero_edge(at + done, n, Zero::may_trim, fast);
+        });
 }
 
 Image::Outcome Image::unmap_chunk(GuestOffset at, std::uint64_t length, Unmap how, Allocator::Growth growth) {
     const Geometry &g = state_.geometry;
-    const bool has_below = state_.contents.has_below();
     const GuestCluster first = g.cluster_of(at);
+    const bool has_zeroes = state_.mapper.format().version >= 3;
+    const bool needs_table = has_zeroes && !state_.contents.ends_below(first);
     const std::uint64_t count = (g.cluster_of(at + (length - 1)) - first) + 1;
     std::vector<HostRun> freed;
     const RangeLock::Exclusive guard(state_.ranges, at, length);
-    if (!state_.mapper.ensure_table(first, growth, has_below ? Mapper::Missing::create : Mapper::Missing::leave))
+    if (!state_.mapper.ensure_table(first, growth, needs_table ? Mapper::Missing::create : Mapper::Missing::leave))
         return Outcome::commit_first;
     {
         Mapper::Editor editor(state_.mapper, first, count);
         if (!editor.exists())
-            return has_below ? Outcome::commit_first : Outcome::done;
+            return needs_table ? Outcome::commit_first : Outcome::done; // dropped meanwhile, for it was empty
         // Judged before anything is changed, so that a damaged entry leaves the chunk as it was.
         std::vector<Mapping> mappings(count);
         for (std::uint64_t i = 0; i < count; ++i)
@@ -110,10 +120,12 @@ Image::Outcome Image::unmap_chunk(GuestOffset at, std::uint64_t length, Unmap ho
                 continue;
             if (!m.has_host() && state_.contents.is_zero(first + i, m))
                 continue;
-            if (has_below)
+            if (state_.contents.ends_below(first + i))
+                editor.set_unallocated(first + i);
+            else if (has_zeroes)
                 editor.set_zero(first + i);
             else
-                editor.set_unallocated(first + i);
+                continue;
             state_.mapper.append_references(freed, m);
         }
     }
@@ -154,7 +166,7 @@ void Image::zero_keeping_space(GuestOffset at, std::uint64_t length, bool fast) 
                 zero_host(g.offset_of(run.first), g.bytes(run.count), Zero::keep_space, fast);
     }
     if (!unshared)
-        unmap(at, length, Unmap::promise);
+        unmap(at, length, Unmap::promise, fast);
 }
 
 void Image::zero_host(HostOffset at, std::uint64_t length, Zero how, bool fast) {
@@ -182,7 +194,11 @@ void Image::zero_edge(GuestOffset at, std::uint64_t length, Zero how, bool fast)
             return;
         }
     }
-    // Shared with somebody: an ordinary write copies it.
+    if (fast && length >= g.cluster_size())
+        throw Error(Error::Kind::unsupported, EOPNOTSUPP,
+                    fmt::format("version 2 of QCOW2, as '{}' is, has no fast way to zero what lies below an image",
+                                state_.file.name()));
+    // Shared with somebody, or it lies below: an ordinary write copies it.
     write_zeroes(at, length);
 }
 

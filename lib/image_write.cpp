@@ -137,8 +137,10 @@ Image::Outcome Image::write_chunk(std::span<const std::byte> from, GuestOffset a
         // The rest of the cluster has to be written as well: what the guest saw there before, or zeroes.
         writes.finish();
         whole.assign(g.cluster_size(), std::byte{0});
-        if (needs_old)
-            state_.contents.read(c, m, 0, whole);
+        if (needs_old && within > 0)
+            state_.contents.read(c, m, 0, std::span(whole).first(within));
+        if (needs_old && within + n < whole.size())
+            state_.contents.read(c, m, within + n, std::span(whole).subspan(within + n));
         std::memcpy(whole.data() + within, from.data() + done, n);
         state_.data.write(whole, to);
     });

@@ -142,9 +142,10 @@ std::unique_ptr<Image> Image::open(std::unique_ptr<File> file, const Options &op
         refuse_truncated(*file, geometry, l1, length);
     }
     const std::uint64_t end = std::max(file_end, counted_end);
+    auto backing = open_backing(header, *file, options.above, options.cache_bytes / 2);
     Opened opened{.file = std::move(file),
                   .data = nullptr,
-                  .backing = nullptr,
+                  .backing = std::move(backing),
                   .header = std::move(header),
                   .header_sector = std::move(sector),
                   .l1_words = std::move(l1),

@@ -32,8 +32,10 @@ void File::write_zeroes(HostOffset at, std::uint64_t length) {
     }
 }
 
-std::unique_ptr<PosixFile> PosixFile::open(const std::string &path, Access access) {
-    const int flags = (access == Access::read_write ? O_RDWR : O_RDONLY) | O_CLOEXEC;
+std::unique_ptr<PosixFile> PosixFile::open(const std::string &path, Access access, Devices devices) {
+    // What an image names may be anything: opening a pipe must not wait for somebody to write into it.
+    const int flags = (access == Access::read_write ? O_RDWR : O_RDONLY) | O_CLOEXEC |
+                      (devices == Devices::accepted ? O_NONBLOCK : 0);
     const int fd = ::open(path.c_str(), flags);
     if (fd == -1)
         throw_io(errno, fmt::format("cannot open image '{}' for {}", path,
@@ -42,7 +44,9 @@ std::unique_ptr<PosixFile> PosixFile::open(const std::string &path, Access acces
     struct stat st;
     if (::fstat(fd, &st) == -1)
         throw_io(errno, fmt::format("cannot stat image '{}'", path));
-    if (!S_ISREG(st.st_mode))
+    file->identity_ = {st.st_dev, st.st_ino};
+    file->is_device_ = S_ISBLK(st.st_mode) && devices == Devices::accepted && access == Access::read_only;
+    if (!S_ISREG(st.st_mode) && !file->is_device_)
         throw Error(Error::Kind::unsupported, EINVAL,
                     fmt::format("'{}' is not a regular file; only images in regular files can be served", path));
     return file;
@@ -151,6 +155,12 @@ void PosixFile::reserve_space(HostOffset at, std::uint64_t length) {
 }
 
 std::uint64_t PosixFile::length() {
+    if (is_device_) {
+        const off_t end = ::lseek(fd_, 0, SEEK_END);
+        if (end == -1)
+            throw_io(errno, fmt::format("cannot find out the size of '{}'", path_));
+        return static_cast<std::uint64_t>(end);
+    }
     struct stat st;
     if (::fstat(fd_, &st) == -1)
         throw_io(errno, fmt::format("cannot stat image '{}'", path_));
@@ -172,6 +182,11 @@ std::optional<HostOffset> PosixFile::next_data(HostOffset at) {
         return at; // a file system without SEEK_DATA: everything may be data
     }
     return HostOffset{static_cast<std::uint64_t>(found)};
+}
+
+HostOffset PosixFile::next_hole(HostOffset at) {
+    const off_t found = ::lseek(fd_, as_off(at), SEEK_HOLE);
+    return {found == -1 ? length() : static_cast<std::uint64_t>(found)};
 }
 
 void PosixFile::will_need(HostOffset at, std::uint64_t length) {

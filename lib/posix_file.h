@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) 2026, the qlean authors
 //
-// A regular file of the host. Owns the descriptor, and with it the image locks that were taken on it.
+// A regular file of the host, or a block device that is only read. Owns the descriptor, and with it the image locks that were taken on it.
 #pragma once
 
 #include "file.h"
@@ -14,8 +14,10 @@ class PosixFile final : public File {
   public:
     enum class Access { read_only, read_write };
 
-    /// Opens an existing regular file. Throws Error that names the file and the reason.
-    static std::unique_ptr<PosixFile> open(const std::string &path, Access access);
+    enum class Devices { refused, accepted };
+
+    /// Opens an existing regular file, or, for reading, a block device. Throws Error that names the file and the reason.
+    static std::unique_ptr<PosixFile> open(const std::string &path, Access access, Devices devices = Devices::refused);
     /// Creates a new file; fails if one exists.
     static std::unique_ptr<PosixFile> create(const std::string &path);
     ~PosixFile() override;
@@ -33,9 +35,11 @@ class PosixFile final : public File {
     std::uint64_t length() override;
     std::uint64_t allocated() override;
     std::optional<HostOffset> next_data(HostOffset at) override;
+    HostOffset next_hole(HostOffset at) override;
     void will_need(HostOffset at, std::uint64_t length) override;
     void start_writing_out(HostOffset at, std::uint64_t length) override;
     const std::string &name() const override { return path_; }
+    std::optional<FileIdentity> identity() const override { return identity_; }
 
     int descriptor() const { return fd_; }
     /// Writes back what is dirty and forgets the page cache: after a failed sync the kernel marks pages clean that
@@ -51,6 +55,8 @@ class PosixFile final : public File {
 
     int fd_;
     std::string path_;
+    std::optional<FileIdentity> identity_;
+    bool is_device_ = false;
     std::atomic<bool> can_punch_{true};
     std::atomic<bool> can_zero_{true};
 };

@@ -28,6 +28,12 @@ bool ZeroScan::known(GuestCluster c) const {
     return c.value < known_.size() && known_[c.value];
 }
 
+bool ZeroScan::wanted(GuestCluster c, const Mapping &mapping) const {
+    // In version 2 nothing but data can hide what lies below: there even zeroes have to stay.
+    const bool may_go = state_.mapper.format().version >= 3 || state_.contents.ends_below(c);
+    return mapping.has_host() && may_go && !known(c);
+}
+
 void ZeroScan::set_known(GuestCluster c) {
     const std::lock_guard guard(mutex_);
     if (known_.size() <= c.value)
@@ -55,7 +61,7 @@ std::vector<Maintenance::Planned> ZeroScan::plan(GuestOffset at, std::uint64_t l
             for (std::size_t i = 0; i < mappings.size(); ++i) {
                 const GuestOffset from = std::max(at, g.offset_of(first + i));
                 const GuestOffset to = std::min(stop, g.offset_of(first + i + 1));
-                append_planned(planned, from, to - from, mappings[i].has_host() && !known(first + i));
+                append_planned(planned, from, to - from, wanted(first + i, mappings[i]));
             }
         }
         at = stop;
@@ -79,7 +85,7 @@ void ZeroScan::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) 
         mappings.resize(end - c);
         state_.mapper.survey(c, mappings);
         for (std::size_t i = 0; i < mappings.size(); ++i) {
-            if (!mappings[i].has_host() || known(c + i))
+            if (!wanted(c + i, mappings[i]))
                 continue;
             require_going(stop);
             look_at(c + i, mappings[i].host);
@@ -118,10 +124,10 @@ void ZeroScan::look_at(GuestCluster c, HostCluster host) {
     }
     {
         Mapper::Editor editor(state_.mapper, c, 1);
-        if (state_.contents.has_below())
-            editor.set_zero(c);
-        else
+        if (state_.contents.ends_below(c))
             editor.set_unallocated(c);
+        else
+            editor.set_zero(c);
     }
     state_.allocator.retire({{host, 1}});
     gauges_.zero_freed_bytes += g.cluster_size();

@@ -22,6 +22,7 @@ class ZeroScan final : public Maintenance {
 
   private:
     bool known(GuestCluster c) const;
+    bool wanted(GuestCluster c, const Mapping &mapping) const;
     void set_known(GuestCluster c);
     void look_at(GuestCluster c, HostCluster host);
 

@@ -18,9 +18,6 @@ refused() {
     echo "  $1: $(sed 's/^nbdkit: error: //' "$W/err.txt")"
 }
 
-create "$W/base.qcow2" 16M
-create -b "$W/base.qcow2" -F qcow2 "$W/backing.qcow2"
-refused backing 'backing'
 for bits in 1 8 64; do
     create -o refcount_bits=$bits "$W/refcount$bits.qcow2" 16M
     refused refcount$bits 'refcount'
