@@ -158,26 +158,32 @@ void Bitmaps::switch_stored(std::size_t i, const std::vector<std::pair<std::uint
 // --- before the first change --------------------------------------------------------------------------------------
 
 void Bitmaps::begin() {
-    write_back_.lead([&] {
-        std::vector<std::size_t> chosen;
-        for (std::size_t i = 0; i < size(); ++i)
-            if (entries_[i].tracked())
-                chosen.push_back(i);
-        if (chosen.empty())
-            return;
-        if (const auto why = unsafe())
-            return give_up(*why);
-        std::vector<Tracked> tracked;
-        for (const std::size_t i : chosen)
-            tracked.push_back({i, entries_[i].granularity_bits, DirtyBits(entries_[i].bits(geometry_.virtual_size()))});
-        // Each flag is in one sector. Should power fail in between, some bitmaps are inconsistent and others are right.
-        for (const std::size_t i : chosen)
-            write_flags(i, entries_[i].flags | BitmapEntry::flag_in_use);
-        write_back_.sync_as_leader();
-        for (const std::size_t i : chosen)
-            entries_[i].flags |= BitmapEntry::flag_in_use;
-        tracked_ = std::move(tracked);
-    });
+    const std::lock_guard guard(begin_mutex_);
+    if (begun_)
+        return;
+    write_back_.lead([this] { begin_as_leader(); });
+    begun_.store(true, std::memory_order_release);
+}
+
+void Bitmaps::begin_as_leader() {
+    std::vector<std::size_t> chosen;
+    for (std::size_t i = 0; i < size(); ++i)
+        if (entries_[i].tracked())
+            chosen.push_back(i);
+    if (chosen.empty())
+        return;
+    if (const auto why = unsafe())
+        return give_up(*why);
+    std::vector<Tracked> tracked;
+    for (const std::size_t i : chosen)
+        tracked.push_back({i, entries_[i].granularity_bits, DirtyBits(entries_[i].bits(geometry_.virtual_size()))});
+    // Each flag is in one sector. Should power fail in between, some bitmaps are inconsistent and others are right.
+    for (const std::size_t i : chosen)
+        write_flags(i, entries_[i].flags | BitmapEntry::flag_in_use);
+    write_back_.sync_as_leader();
+    for (const std::size_t i : chosen)
+        entries_[i].flags |= BitmapEntry::flag_in_use;
+    tracked_ = std::move(tracked);
 }
 
 void Bitmaps::write_flags(std::size_t i, std::uint32_t flags) {
@@ -260,6 +266,7 @@ void Bitmaps::store_as_leader() {
     for (const Tracked &t : tracked_)
         entries_[t.entry].flags &= ~BitmapEntry::flag_in_use;
     tracked_.clear();
+    begun_ = false;
 }
 
 /// Writes the clusters of one bitmap in which bits were set; `words` is what its table has to say of new ones.

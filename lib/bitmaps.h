@@ -19,6 +19,7 @@
 #include "refcounts.h"
 #include "write_back.h"
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -38,7 +39,8 @@ class Bitmaps {
     /// To be called after WriteBack::before_change() and before anything of the range changes, with no lock held.
     /// The first call makes in_use durable.
     void mark(GuestOffset at, std::uint64_t length) {
-        std::call_once(begun_, [this] { begin(); });
+        if (!begun_.load(std::memory_order_acquire))
+            begin();
         for (Tracked &t : tracked_)
             t.bits.set(at.value >> t.granularity_bits, (at.value + (length - 1)) >> t.granularity_bits);
     }
@@ -84,6 +86,7 @@ class Bitmaps {
     void load(const BitmapsExtension &extension);
     void require_tables() const;
     void begin();
+    void begin_as_leader();
     void write_flags(std::size_t i, std::uint32_t flags);
     std::optional<std::string> unsafe() const;
     void give_up(const std::string &why);
@@ -101,8 +104,9 @@ class Bitmaps {
     Metadata metadata_;
     std::function<void(const std::exception &)> report_;
 
-    std::once_flag begun_;
-    std::vector<Tracked> tracked_; // made by begin()
+    std::mutex begin_mutex_; // nothing else held; leads within
+    std::atomic<bool> begun_{false};
+    std::vector<Tracked> tracked_; // made by begin(), and let go by store(), beside which nothing is marked
     std::atomic<bool> given_up_{false};
 
     mutable std::mutex mutex_; // protects the homes that follow; only the leader changes them

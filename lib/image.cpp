@@ -231,7 +231,7 @@ void Image::close() {
         state_.write_back.commit(WriteBack::Give::later);
     else
         give_back();
-    if (!store_bitmaps() && idle)
+    if ((!store_bitmaps() && idle) || state_.write_back.poisoned())
         return;
     // Only what was grown since: below that, a refcount of zero is believed only after a complete walk.
     while (state_.allocator.truncate_step(punch_step_bytes, HostCluster{state_.opened_end})) {

@@ -13,6 +13,38 @@ namespace {
 
 constexpr std::uint64_t copied = std::uint64_t{1} << 63;
 
+struct BitmapPlaces {
+    std::uint64_t directory = 0, words = 0, enabled = 0, disabled = 0;
+    std::vector<std::uint64_t> stored;
+};
+
+void write_bitmaps(BuiltImage &built, const BitmapPlaces &places, Header &header, std::uint64_t cluster) {
+    const std::span<std::byte> out = built.bytes;
+    constexpr std::uint64_t entry = 32;
+    const auto add = [&](std::uint64_t at, std::uint64_t table, std::uint32_t flags, char name) {
+        built.set_word(at, table);
+        store_be<std::uint32_t>(out, at + 8, static_cast<std::uint32_t>(places.words));
+        store_be<std::uint32_t>(out, at + 12, flags);
+        out[at + 16] = std::byte{1};
+        out[at + 17] = std::byte{9};
+        store_be<std::uint16_t>(out, at + 18, 1);
+        out[at + 24] = std::byte(name);
+    };
+    add(places.directory, places.enabled, 2, 'e');
+    add(places.directory + entry, places.disabled, 0, 'd');
+    for (std::uint64_t i = 0; i < places.words; ++i) {
+        built.set_word(places.disabled + i * 8, places.stored[i]);
+        for (std::uint64_t n = 0; n < cluster; ++n)
+            out[places.stored[i] + n] = filled(i * cluster + n);
+    }
+    header.autoclear |= Header::autoclear_bitmaps;
+    Bytes extension(24);
+    store_be<std::uint32_t>(extension, 0, 2);
+    store_be<std::uint64_t>(extension, 8, 2 * entry);
+    store_be<std::uint64_t>(extension, 16, places.directory);
+    header.extensions.push_back({Header::extension_bitmaps, extension});
+}
+
 } // namespace
 
 std::byte filled(std::uint64_t at) { return std::byte(1 + (at * 2654435761u >> 9) % 255); }
@@ -66,6 +98,15 @@ BuiltImage build_image(const ImagePlan &plan) {
     const std::uint64_t l1_entries = std::max<std::uint64_t>(divide_up(plan.guest_clusters(), per_table), 1);
     built.l1 = take(divide_up(l1_entries * 8, cluster));
     built.refcount_table = take(plan.table_clusters);
+    BitmapPlaces bitmaps;
+    if (plan.bitmaps) {
+        bitmaps.directory = take(1);
+        bitmaps.words = divide_up(divide_up(plan.virtual_size, 512 * 8), cluster);
+        bitmaps.enabled = take(divide_up(bitmaps.words * 8, cluster));
+        bitmaps.disabled = take(divide_up(bitmaps.words * 8, cluster));
+        for (std::uint64_t i = 0; i < bitmaps.words; ++i)
+            bitmaps.stored.push_back(take(1));
+    }
     do
         built.refcount_blocks.push_back(take(1));
     while (built.refcount_blocks.size() * (cluster / 2) <= *used.rbegin());
@@ -84,6 +125,8 @@ BuiltImage build_image(const ImagePlan &plan) {
     header.autoclear = plan.autoclear;
     if (plan.unknown_extension != 0)
         header.extensions.push_back({plan.unknown_extension, Bytes(16, std::byte{0x5a})});
+    if (plan.bitmaps)
+        write_bitmaps(built, bitmaps, header, cluster);
     const auto head = header.encode();
     std::copy(head.begin(), head.end(), built.bytes.begin());
     for (const auto &[i, at] : built.l2_tables)

@@ -29,6 +29,8 @@ struct ImagePlan {
     std::vector<std::uint64_t> leaked;
     std::uint64_t autoclear = 0;
     std::uint32_t unknown_extension = 0;
+    /// Two bitmaps of 512 bytes a bit, after the other metadata: one enabled and empty, one disabled with bits stored.
+    bool bitmaps = false;
 
     /// Every guest cluster, in order, from host cluster `first` on, `stride` apart.
     ImagePlan &map_all(std::uint64_t first, std::uint64_t stride = 1);

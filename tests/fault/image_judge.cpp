@@ -31,6 +31,7 @@ class Judge {
         refer(table_at_, table_clusters_ * cluster_, "the refcount table");
         walk_refcounts();
         walk_tables();
+        walk_bitmaps();
         compare();
         return verdict_;
     }
@@ -52,7 +53,59 @@ class Judge {
         return disk;
     }
 
+    struct Bitmap {
+        std::uint64_t table, words;
+        std::uint32_t flags;
+        Bytes stored; ///< a cluster each, zeroes where there is none
+    };
+    /// Those that count.
+    std::vector<Bitmap> bitmaps() {
+        std::vector<Bitmap> found;
+        if (!read_header() || version_ < 3 || !(be64(88) & 1))
+            return found;
+        std::uint64_t at = load_be<std::uint32_t>(image_, 100);
+        while (at + 32 <= image_.size() && load_be<std::uint32_t>(image_, at) != 0x23852875) {
+            if (load_be<std::uint32_t>(image_, at) == 0)
+                return found;
+            at += 8 + round_up(load_be<std::uint32_t>(image_, at + 4), 8);
+        }
+        const std::uint64_t count = load_be<std::uint32_t>(image_, at + 8), bytes = be64(at + 16);
+        directory_ = be64(at + 24);
+        directory_bytes_ = bytes;
+        std::uint64_t entry = directory_;
+        for (std::uint64_t i = 0; i < count && entry + 24 <= image_.size(); ++i) {
+            Bitmap b{be64(entry), load_be<std::uint32_t>(image_, entry + 8), load_be<std::uint32_t>(image_, entry + 12),
+                     {}};
+            if (b.table % cluster_ != 0 || b.words > 4096 || b.flags > 3) {
+                blame("bitmap {} is damaged", i);
+                return found;
+            }
+            b.stored.resize(b.words * cluster_);
+            for (std::uint64_t w = 0; w < b.words; ++w)
+                if (const std::uint64_t data = be64(b.table + w * 8); data != 0 && data + cluster_ <= image_.size())
+                    std::memcpy(b.stored.data() + w * cluster_, image_.data() + data, cluster_);
+            found.push_back(std::move(b));
+            entry += round_up(24 + load_be<std::uint16_t>(image_, entry + 18), 8);
+        }
+        if (found.size() != count || entry != directory_ + bytes)
+            blame("the bitmap directory is damaged");
+        return found;
+    }
+
   private:
+    void walk_bitmaps() {
+        const auto found = bitmaps();
+        if (found.empty())
+            return;
+        refer(directory_, directory_bytes_, "the bitmap directory");
+        for (const Bitmap &b : found) {
+            refer(b.table, b.words * 8, "a bitmap table");
+            for (std::uint64_t w = 0; w < b.words; ++w)
+                if (const std::uint64_t data = be64(b.table + w * 8); data != 0)
+                    refer(data, cluster_, "stored bits of a bitmap");
+        }
+    }
+
     template <class... Args>
     void blame(fmt::format_string<Args...> text, Args &&...args) {
         if (verdict_.corruptions.size() < enough)
@@ -172,6 +225,7 @@ class Judge {
     std::span<const std::byte> image_;
     Verdict verdict_;
     std::uint64_t cluster_ = 0, virtual_size_ = 0, l1_size_ = 0, l1_at_ = 0, table_at_ = 0, table_clusters_ = 0;
+    std::uint64_t directory_ = 0, directory_bytes_ = 0;
     unsigned version_ = 0, order_ = 0;
     std::vector<std::uint64_t> references_, counts_;
 };
@@ -188,6 +242,37 @@ std::string Verdict::text() const {
 Verdict judge(std::span<const std::byte> image) { return Judge(image).judge(); }
 
 Bytes guest_bytes(std::span<const std::byte> image) { return Judge(image).guest(); }
+
+std::optional<std::string> judge_bitmaps(std::span<const std::byte> image, std::span<const std::byte> before) {
+    const auto now = Judge(image).bitmaps(), then = Judge(before).bitmaps();
+    if (now.empty())
+        return std::nullopt;
+    if (now.size() != then.size())
+        return "a bitmap is gone";
+    for (std::size_t i = 0; i < now.size(); ++i) {
+        if (now[i].flags & 1)
+            continue;
+        if (now[i].flags != then[i].flags)
+            return fmt::format("bitmap {} has other flags", i);
+        if (!(now[i].flags & 2)) {
+            if (now[i].stored != then[i].stored)
+                return "a disabled bitmap changed";
+            continue;
+        }
+        const Bytes disk = guest_bytes(image), old = guest_bytes(before);
+        for (std::uint64_t at = 0; at < disk.size(); ++at)
+            if (disk[at] != old[at] && (now[i].stored[at / 512 / 8] >> at / 512 % 8 & std::byte{1}) == std::byte{0})
+                return fmt::format("byte {} of the disk changed, and a consistent bitmap does not say so", at);
+    }
+    return std::nullopt;
+}
+
+bool has_consistent_bitmap(std::span<const std::byte> image) {
+    for (const auto &b : Judge(image).bitmaps())
+        if (b.flags == 2)
+            return true;
+    return false;
+}
 
 QemuVerdict ask_qemu(std::span<const std::byte> image) {
     QemuVerdict verdict;

@@ -8,6 +8,8 @@
 
 #include "tests/fault/faulty_file.h"
 
+#include <optional>
+
 namespace qlean::fault {
 
 struct Verdict {
@@ -24,6 +26,12 @@ Verdict judge(std::span<const std::byte> image);
 
 /// The guest's disk as the image says it is, read without the engine.
 Bytes guest_bytes(std::span<const std::byte> image);
+
+/// Bitmaps that count, of `image`, which began as `before`: an enabled one that is consistent has a bit for all that
+/// differs (granularity 512, as build_image makes them), a disabled one has every byte it had. Nothing, or what is wrong.
+std::optional<std::string> judge_bitmaps(std::span<const std::byte> image, std::span<const std::byte> before);
+/// There is an enabled bitmap, and it is consistent.
+bool has_consistent_bitmap(std::span<const std::byte> image);
 
 /// What qemu-img says of the image.
 struct QemuVerdict {

@@ -152,6 +152,8 @@ class Campaign {
             const Bytes disk = guest_bytes(image);
             if (const auto lost = run.guest->verdict(disk, moment); lost && wrong.empty())
                 wrong = *lost;
+            if (const auto bitmaps = judge_bitmaps(image, run.original); bitmaps && wrong.empty())
+                wrong = *bitmaps;
             if (wrong.empty()) {
                 auto opened = open_image(std::make_shared<FaultyDisk>(image), true);
                 if (read_all(*opened) != disk)

@@ -5,6 +5,7 @@
 #include "lib/compact/compact.h"
 #include "lib/compact/zero_scan.h"
 #include "tests/fault/image_builder.h"
+#include "tests/fault/image_judge.h"
 
 #include <numeric>
 #include <thread>
@@ -145,6 +146,35 @@ void shutdown(Run &run) {
     run.attempt([&] { run.image->close(); });
 }
 
+Bytes with_bitmaps(std::uint64_t seed) {
+    auto plan = scattered(9, 128 * 1024, 3, seed);
+    plan.bitmaps = true;
+    return build_image(plan).bytes;
+}
+/// The bitmaps move and are stored; after a clean end without an error the enabled one is consistent.
+void bitmaps(Run &run) {
+    run.image->on_background_error([&run](const std::exception &e) { // what fails at the end is reported only
+        if (const auto *error = dynamic_cast<const Error *>(&e))
+            run.errors.push_back(*error);
+    });
+    RecordedGuest::Mix mix;
+    mix.end = 64 * 1024;
+    mix.most = 2048;
+    const bool first = run.random()() % 2;
+    if (first)
+        run.step(mix);
+    run.attempt([&] {
+        compact_all(*run.image, [&] {
+            if (run.random()() % 4 == 0)
+                run.step(mix);
+        });
+    });
+    run.step(mix);
+    run.attempt([&] { run.image->close(); });
+    if (run.errors.empty() && !has_consistent_bitmap(run.disk->bytes()))
+        throw std::runtime_error("the bitmap is not consistent after a clean end");
+}
+
 } // namespace
 
 void Run::attempt(const std::function<void()> &request) {
@@ -159,7 +189,8 @@ void Run::attempt(const std::function<void()> &request) {
 
 Run start(const Workload &workload, std::uint64_t seed) {
     Run run;
-    run.disk = std::make_shared<FaultyDisk>(workload.image(seed));
+    run.original = workload.image(seed);
+    run.disk = std::make_shared<FaultyDisk>(run.original);
     run.disk->record();
     run.image = open_image(run.disk);
     run.guest = std::make_unique<RecordedGuest>(*run.image, *run.disk, seed);
@@ -215,6 +246,7 @@ const std::vector<Workload> &workloads() {
         {"zero scan beside a guest", 3, true, empty_small, zeroes},
         {"threads racing", 4, false, scattered_small, racing},
         {"clean shutdown", 2, true, empty_small, shutdown},
+        {"bitmaps", 4, true, with_bitmaps, bitmaps},
     };
     return list;
 }

@@ -16,6 +16,7 @@ struct Run {
     std::shared_ptr<FaultyDisk> disk;
     std::unique_ptr<Image> image;
     std::unique_ptr<RecordedGuest> guest;
+    Bytes original; ///< the image as it was
     /// Errors are noted instead of thrown, and the run goes on.
     bool tolerant = false;
     std::vector<Error> errors;
