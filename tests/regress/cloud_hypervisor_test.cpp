@@ -358,13 +358,3 @@ TEST_CASE("cloud-hypervisor#8621: eight queues with small requests in the same c
     CHECK(wrong == 0);
     rig.finish();
 }
-
-TEST_CASE("cloud-hypervisor#8621: a backing file is refused, which is where that corruption happened") {
-    // The real test, several queues that copy from a backing file, comes with backing files.
-    BuiltImage built = some_mapped();
-    const std::string name = "base.qcow2";
-    std::memcpy(built.bytes.data() + 512, name.data(), name.size());
-    built.set_word(8, 512);
-    store_be<std::uint32_t>(std::span(built.bytes), 16, static_cast<std::uint32_t>(name.size()));
-    refused(built.bytes, "backing file");
-}

@@ -124,7 +124,7 @@ TEST_CASE("QEMU merge 03bf012e: requests over clusters of every kind, of any ali
     rig.finish();
 }
 
-TEST_CASE("QEMU msg63843: discarding in a version 2 image, which has no zero clusters") {
+TEST_CASE("QEMU msg63843: discarding in a version 2 image, which has no zero clusters") { // with a backing file: backing_test
     Rig rig(build_image([] {
                 ImagePlan plan;
                 plan.version = 2;
@@ -142,17 +142,6 @@ TEST_CASE("QEMU msg63843: discarding in a version 2 image, which has no zero clu
     CHECK(rig.compact() > 0);
     rig.finish(); // the judge refuses a zero flag in version 2
     CHECK(load_be<std::uint32_t>(rig.disk->bytes(), 4) == 2);
-    // Over a backing file a discarded cluster would show the backing file's. The real test comes with backing files.
-    BuiltImage backed = build_image([] {
-        ImagePlan plan;
-        plan.version = 2;
-        plan.cluster_bits = 12;
-        return plan.map_all(6);
-    }());
-    std::memcpy(backed.bytes.data() + 512, "base", 4);
-    backed.set_word(8, 512);
-    store_be<std::uint32_t>(std::span(backed.bytes), 16, 4);
-    refused(backed.bytes, "backing file");
 }
 
 TEST_CASE("RHEL-86032: a discard never fails, however it is aligned") {
