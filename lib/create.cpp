@@ -18,9 +18,13 @@ void create_image(File &file, const CreateOptions &options) {
                            options.cluster_size));
     if (options.version != 2 && options.version != 3)
         refuse(fmt::format("version {} is impossible; use 2 or 3", options.version));
+    if (options.refcount_order > 6 || (options.version == 2 && options.refcount_order != 4))
+        refuse(fmt::format("refcounts of 2^{} bits are impossible; use 2^0 to 2^6, or 2^4 in version 2",
+                           options.refcount_order));
 
     Header header;
     header.version = options.version;
+    header.refcount_order = options.refcount_order;
     header.cluster_bits = static_cast<unsigned>(std::countr_zero(options.cluster_size));
     header.virtual_size = options.virtual_size;
     if (options.version == 2)

@@ -190,8 +190,6 @@ void Header::require_supported(const std::string &file) const {
         unsupported("internal snapshots");
     if (incompatible & incompatible_compression || compression_type != 0)
         unsupported(compression_type == 1 ? "zstd compression" : "a compression type other than deflate");
-    if (refcount_order != 4)
-        unsupported(fmt::format("refcounts of {} bits", 1u << refcount_order));
 }
 
 std::size_t Header::fixed_length() const { return version == 2 ? v2_length : v3_length; }

@@ -18,10 +18,6 @@ refused() {
     echo "  $1: $(sed 's/^nbdkit: error: //' "$W/err.txt")"
 }
 
-for bits in 1 8 64; do
-    create -o refcount_bits=$bits "$W/refcount$bits.qcow2" 16M
-    refused refcount$bits 'refcount'
-done
 create -o extended_l2=on "$W/extended.qcow2" 16M
 refused extended 'extended L2|subcluster'
 create -o compression_type=zstd "$W/zstd.qcow2" 16M

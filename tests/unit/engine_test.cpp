@@ -5,6 +5,8 @@
 // against a byte array.
 #include "lib/byte_order.h"
 #include "lib/create.h"
+#include "lib/error.h"
+#include "lib/refcounts.h"
 #include "tests/fault/scene.h"
 
 #include <cstdlib>
@@ -58,6 +60,38 @@ TEST_CASE("A cluster is in use, retired, free, and only then punched and handed 
     auto again = a.reserve_contiguous_below(1, {11});
     REQUIRE(again.count() == 1);
     CHECK_FALSE(a.is_free(again.extents().front().run.first));
+}
+
+TEST_CASE("A refcount as high as its width allows is not incremented, and nothing beside it") {
+    for (unsigned order = 0; order <= 6; ++order) {
+        INFO("refcounts of 2^" << order << " bits");
+        auto disk = std::make_shared<FaultyDisk>();
+        FaultyFile file(disk);
+        CreateOptions options;
+        options.virtual_size = 1 << 20;
+        options.cluster_size = cluster;
+        options.refcount_order = order;
+        create_image(file, options);
+        const Geometry geometry(9, order, options.virtual_size);
+        const std::uint64_t max = RefcountView::max(order), block = 2 * cluster;
+        Bytes bytes(cluster);
+        file.read(bytes, {block});
+        RefcountView(bytes, order).set(21, max);
+        RefcountView(bytes, order).set(20, max - 1);
+        file.write(bytes, {block});
+        Refcounts refcounts(geometry, file, {big_endian(block)}, {cluster});
+        CHECK_THROWS_AS(refcounts.increment({{20}, 3}), Error);
+        CHECK_FALSE(refcounts.dirty());
+        CHECK(refcounts.get({20}) == max - 1);
+        CHECK(refcounts.get({21}) == max);
+        CHECK(refcounts.get({22}) == 0);
+        refcounts.increment({{20}, 1});
+        CHECK(refcounts.get({20}) == max);
+        CHECK(refcounts.get({19}) == 0);
+        CHECK(cluster_count(refcounts.decrement({{20}, 2})) == (max == 1 ? 2 : 0));
+        CHECK(refcounts.get({20}) == max - 1);
+        CHECK(refcounts.get({21}) == max - 1);
+    }
 }
 
 TEST_CASE("Clusters are handed out lowest first, below a limit, adjacent, and not under an embargo") {
