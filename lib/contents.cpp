@@ -4,7 +4,6 @@
 
 #include "error.h"
 
-#include <algorithm>
 #include <cstring>
 
 namespace qlean {
@@ -21,16 +20,8 @@ void Contents::read(GuestCluster c, const Mapping &mapping, std::uint64_t within
     case Kind::data:
         return data_.read(into, geometry_.offset_of(mapping.host) + within);
     case Kind::unallocated:
-        if (!ends_below(c)) {
-            // What is below may be longer than this disk: nothing of that belongs to the last cluster.
-            const GuestOffset at = geometry_.offset_of(c) + within;
-            const std::uint64_t disk = geometry_.virtual_size();
-            const auto inside = at.value >= disk ? 0 : std::min<std::uint64_t>(into.size(), disk - at.value);
-            if (inside > 0)
-                below_->read(into.first(inside), at);
-            std::memset(into.data() + inside, 0, into.size() - inside);
-            return;
-        }
+        if (!ends_below(c))
+            return below_->read(into, geometry_.offset_of(c) + within);
         [[fallthrough]];
     case Kind::zero:
     case Kind::zero_allocated:

@@ -139,8 +139,10 @@ Image::Outcome Image::write_chunk(std::span<const std::byte> from, GuestOffset a
         whole.assign(g.cluster_size(), std::byte{0});
         if (needs_old && within > 0)
             state_.contents.read(c, m, 0, std::span(whole).first(within));
-        if (needs_old && within + n < whole.size())
-            state_.contents.read(c, m, within + n, std::span(whole).subspan(within + n));
+        // What is below may be longer than this disk: nothing of that belongs to the last cluster.
+        const std::uint64_t end = std::min(g.cluster_size(), g.virtual_size() - g.offset_of(c).value);
+        if (needs_old && within + n < end)
+            state_.contents.read(c, m, within + n, std::span(whole).subspan(within + n, end - within - n));
         std::memcpy(whole.data() + within, from.data() + done, n);
         state_.data.write(whole, to);
     });

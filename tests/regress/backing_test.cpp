@@ -293,3 +293,52 @@ TEST_CASE("Whatever a crash leaves of trims and zeroes over a backing file, noth
     }
     CHECK(wrong == 0);
 }
+
+TEST_CASE("Whatever fails over a backing file, nothing older shows, and a trim does not fail for lack of space") {
+    constexpr std::uint64_t cluster = 512;
+    const int code = GENERATE(EIO, ENOSPC);
+    unsigned struck = 0;
+    for (std::uint64_t nth = 1; nth < 400; ++nth) {
+        Backed b(192 * cluster, 192 * cluster, cluster);
+        b.write(0, 64 * cluster, 1);
+        b.write(70 * cluster, 3 * cluster, 2);
+        b.image->flush();
+        b.disk->fail({.nth = nth, .code = code});
+        unsigned trims_failed = 0;
+        const auto attempt = [&](const std::function<void()> &request, bool is_trim = false) {
+            try {
+                request();
+            } catch (const Error &error) {
+                trims_failed += is_trim && error.kind() == Error::Kind::no_space;
+            }
+        };
+        attempt([&] { b.image->trim({3 * cluster}, 20 * cluster); }, true);
+        attempt([&] { b.image->zero({30 * cluster + 9}, 45 * cluster, Image::Zero::may_trim, false); });
+        attempt([&] { b.image->trim({128 * cluster}, 64 * cluster); }, true);
+        attempt([&] { b.image->write(bytes_of(100, 3), {100 * cluster + 9}); });
+        attempt([&] { b.image->flush(); });
+        attempt([&] { b.image->give_back(); });
+        struck += b.disk->struck();
+        if (!b.disk->struck())
+            break;
+        b.disk->heal();
+        const auto look = [&](Image &image) {
+            const Bytes now = read_all(image);
+            unsigned wrong = 0;
+            for (std::uint64_t i = 0; i < now.size(); ++i) {
+                const bool hidden = i < 64 * cluster || (i >= 70 * cluster && i < 73 * cluster);
+                wrong += hidden ? now[i] >= std::byte{0x80}
+                                : now[i] != b.below.bytes[i] && now[i] != std::byte{0} && now[i] != std::byte{3};
+            }
+            return wrong;
+        };
+        CHECK(look(*b.image) == 0);
+        attempt([&] { b.image->close(); });
+        b.image.reset();
+        CHECK(judge(b.disk->bytes()).sound());
+        CHECK(look(*open_image(b.disk, true)) == 0);
+        CHECK(trims_failed == 0);
+    }
+    CHECK(struck > 10);
+    CHECK(struck < 399);
+}
