@@ -148,8 +148,8 @@ BackingName::Format format_of(File &file, const BackingName &name, const File &n
 std::unique_ptr<Backing> open_raw(std::unique_ptr<File> file, const BackingName &name) {
     const std::uint64_t length = file->length();
     if (name.offset > length || (name.size && *name.size > length - name.offset))
-        throw_bad_image("the backing file '{}' has {} bytes, too few for the part of it that is asked for", file->name(),
-                        length);
+        throw_bad_image("the backing file '{}' has {} bytes, too few for the part of it that is asked for",
+                        file->name(), length);
     return std::make_unique<RawDisk>(std::move(file), name.offset, name.size.value_or(length - name.offset));
 }
 
@@ -167,6 +167,11 @@ std::unique_ptr<Backing> open_backing(const Header &header, const File &file, co
     const BackingName name = parse_backing_name(file.name(), header.backing_file, format);
     try {
         auto below = PosixFile::open(name.path, PosixFile::Access::read_only, PosixFile::Devices::accepted);
+        using Host = BackingName::Host;
+        if (name.host != Host::any && (name.host == Host::device) != below->is_device())
+            throw Error(Error::Kind::unsupported, ENOTSUP,
+                        fmt::format("'{}' is named as a {}, which it is not", name.path,
+                                    name.host == Host::device ? "block device" : "regular file"));
         require_new(*below, link);
         lock_image(*below, PosixFile::Access::read_only);
         if (format_of(*below, name, file) == BackingName::Format::raw)

@@ -160,6 +160,13 @@ BackingName::Format format_of(const std::string &image, const std::string &drive
     refuse(image, fmt::format("is of format '{}', which is not supported", driver));
 }
 
+/// What the driver of a node without a node below says of its file.
+BackingName::Host host_of(std::string_view driver) {
+    return driver == "file"          ? BackingName::Host::file
+           : driver == "host_device" ? BackingName::Host::device
+                                     : BackingName::Host::any;
+}
+
 BackingName parse_json(const std::string &image, std::string_view text, const std::string &format) {
     const json parsed = json::parse(with_double_quotes(text), nullptr, false);
     if (!parsed.is_object())
@@ -172,8 +179,9 @@ BackingName parse_json(const std::string &image, std::string_view text, const st
     const auto driver = node.take("driver");
     const std::string effective = format.empty() ? driver.value_or("") : format; // QEMU lets the header's word count
     found.format = format_of(image, effective);
+    found.host = host_of(effective);
     std::string prefix;
-    if (effective != "file" && effective != "host_device") {
+    if (found.host == BackingName::Host::any) {
         if (found.format == BackingName::Format::raw) {
             found.offset = node.take_bytes("offset").value_or(0);
             found.size = node.take_bytes("size");
@@ -181,8 +189,9 @@ BackingName parse_json(const std::string &image, std::string_view text, const st
         // Nodes that pass everything through may lie between the format and the file.
         do {
             prefix += "file.";
-            const std::string below = node.take(prefix + "driver").value_or("file");
-            if (below == "file" || below == "host_device")
+            const std::string below = node.take(prefix + "driver").value_or("");
+            found.host = host_of(below);
+            if (below.empty() || found.host != BackingName::Host::any)
                 break;
             if (below != "raw")
                 refuse(image, fmt::format("lies on '{}', which is not supported", below));
@@ -205,15 +214,19 @@ BackingName parse_backing_name(const std::string &image, const std::string &name
         return parse_json(image, view.substr(json_prefix.size()), format);
     BackingName found;
     found.format = format_of(image, format);
-    if (view.starts_with(file_prefix))
+    found.host = host_of(format);
+    if (view.starts_with(file_prefix)) {
         found.path = view.substr(file_prefix.size());
-    else if (view.starts_with(device_prefix))
+        found.host = BackingName::Host::file;
+    } else if (view.starts_with(device_prefix)) {
         found.path = view.substr(device_prefix.size());
-    else if (const auto protocol = protocol_of(view); !protocol.empty())
+        found.host = BackingName::Host::device;
+    } else if (const auto protocol = protocol_of(view); !protocol.empty()) {
         // Only the protocol: the rest may hold a password.
         refuse(image, fmt::format("is reached by the protocol '{}', which is not supported", protocol));
-    else
+    } else {
         found.path = view.starts_with('/') ? name : beside(image, name);
+    }
     return found;
 }
 

@@ -20,8 +20,14 @@ struct BackingName {
         raw,
         probe, ///< nobody said: what the file begins with decides
     };
+    enum class Host {
+        any,
+        file,   ///< a regular file
+        device, ///< a block device
+    };
     std::string path;
     Format format = Format::probe;
+    Host host = Host::any; ///< what the file must be: QEMU's drivers refuse the other
     // Of a raw disk:
     std::uint64_t offset = 0;          ///< where in the file it begins
     std::optional<std::uint64_t> size; ///< its bytes; without it, all to the end of the file

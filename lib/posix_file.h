@@ -42,6 +42,7 @@ class PosixFile final : public File {
     std::optional<FileIdentity> identity() const override { return identity_; }
 
     int descriptor() const { return fd_; }
+    bool is_device() const { return is_device_; }
     /// Writes back what is dirty and forgets the page cache: after a failed sync the kernel marks pages clean that
     /// never reached the device, and only the device tells the truth.
     void distrust_page_cache();

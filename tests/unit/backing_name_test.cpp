@@ -10,6 +10,7 @@
 using namespace qlean;
 using namespace std::string_literals;
 using Format = BackingName::Format;
+using Host = BackingName::Host;
 
 namespace {
 
@@ -37,9 +38,9 @@ std::string probe(std::string head, const std::string &path = "disk") {
 } // namespace
 
 TEST_CASE("a plain name is relative to the image that holds it") {
-    CHECK(parse("base.qcow2", "qcow2") == BackingName{"/images/base.qcow2", Format::qcow2, 0, {}});
-    CHECK(parse("../a/b", "raw") == BackingName{"/images/../a/b", Format::raw, 0, {}});
-    CHECK(parse("/x/base", "") == BackingName{"/x/base", Format::probe, 0, {}});
+    CHECK(parse("base.qcow2", "qcow2") == BackingName{"/images/base.qcow2", Format::qcow2, Host::any, 0, {}});
+    CHECK(parse("../a/b", "raw") == BackingName{"/images/../a/b", Format::raw, Host::any, 0, {}});
+    CHECK(parse("/x/base", "") == BackingName{"/x/base", Format::probe, Host::any, 0, {}});
     CHECK(parse("./a:b").path == "/images/./a:b");
     CHECK(parse("/a:b").path == "/a:b");
     CHECK(parse_backing_name("disk.qcow2", "base", "raw").path == "base");
@@ -50,7 +51,8 @@ TEST_CASE("file: takes the rest as it is") {
     CHECK(parse("file:base", "qcow2").path == "base");
     CHECK(parse("file:///x/base", "qcow2").path == "///x/base");
     CHECK(parse("file:a:b", "qcow2").path == "a:b");
-    CHECK(parse("host_device:/dev/x", "raw").path == "/dev/x");
+    CHECK(parse("file:base", "qcow2").host == Host::file);
+    CHECK(parse("host_device:/dev/x", "raw") == BackingName{"/dev/x", Format::raw, Host::device, 0, {}});
 }
 
 TEST_CASE("formats") {
@@ -61,20 +63,22 @@ TEST_CASE("formats") {
 }
 
 TEST_CASE("json: over a file") {
-    const BackingName qcow2{"/x/b", Format::qcow2, 0, {}};
-    CHECK(parse(R"(json:{"driver":"qcow2","file":{"driver":"file","filename":"/x/b"}})") == qcow2);
-    CHECK(parse(R"(json:{"file":{"driver":"file","filename":"/x/b"}})", "qcow2") == qcow2);
-    CHECK(parse(R"(json:{"driver":"qcow2","file.filename":"/x/b","file.driver":"file"})") == qcow2);
+    const BackingName qcow2{"/x/b", Format::qcow2, Host::any, 0, {}};
+    BackingName on_file = qcow2;
+    on_file.host = Host::file;
+    CHECK(parse(R"(json:{"driver":"qcow2","file":{"driver":"file","filename":"/x/b"}})") == on_file);
+    CHECK(parse(R"(json:{"file":{"driver":"file","filename":"/x/b"}})", "qcow2") == on_file);
+    CHECK(parse(R"(json:{"driver":"qcow2","file.filename":"/x/b","file.driver":"file"})") == on_file);
     CHECK(parse(R"(json:{'driver':'qcow2','file.filename':'/x/b'})") == qcow2);
     CHECK(parse(R"(json:{"driver":"raw","file.filename":"/x/b"})", "qcow2") == qcow2); // the header's word counts
     CHECK(parse(R"(json:{"driver":"qcow2","file":{"driver":"raw","file":{"driver":"file","filename":"/x/b"}}})") ==
-          qcow2);
+          on_file);
     CHECK(parse(R"(json:{"driver":"qcow2","lazy-refcounts":"on","read-only":true,"node-name":"n",)"
-                R"("file":{"driver":"file","filename":"/x/b","locking":"off","cache":{"direct":true}}})") == qcow2);
+                R"("file":{"driver":"file","filename":"/x/b","locking":"off","cache":{"direct":true}}})") == on_file);
     CHECK(parse(R"(json:{"file.filename":"/x/b"})").format == Format::probe);
-    CHECK(parse(R"(json:{"driver":"file","filename":"/x/b"})") == BackingName{"/x/b", Format::raw, 0, {}});
+    CHECK(parse(R"(json:{"driver":"file","filename":"/x/b"})") == BackingName{"/x/b", Format::raw, Host::file, 0, {}});
     CHECK(parse(R"(json:{"driver":"raw","offset":65536,"size":"1048576","file.filename":"/x/b"})") ==
-          BackingName{"/x/b", Format::raw, 65536, 1048576});
+          BackingName{"/x/b", Format::raw, Host::any, 65536, 1048576});
     // Relative to the working directory, as QEMU has it.
     CHECK(parse(R"(json:{"driver":"raw","file.filename":"b"})").path == "b");
     CHECK(parse(R"(json:{'driver':'raw','file.filename':'a"b\'c'})").path == "a\"b'c");
