@@ -13,7 +13,7 @@ namespace qlean {
 std::vector<std::string> maintenance_exports(const Target &target) {
     std::vector<std::string> names = Connection::list_exports(target);
     std::erase_if(names, [](const std::string &name) {
-        return name.empty() || name == "status" || name.rfind("snapshot/", 0) == 0;
+        return name.empty() || name == "status" || name == "check" || name.rfind("snapshot/", 0) == 0;
     });
     if (names.empty()) {
         return {"zeroes", "compact"};

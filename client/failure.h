@@ -18,6 +18,9 @@ enum class ExitCode : int {
     stopped = 3,
     busy = 4,
     server_gone = 5,
+    // `check` speaks as qemu-img check does.
+    corruptions = 2,
+    leaks = 3,
 };
 
 class Failure : public std::runtime_error {

@@ -81,6 +81,14 @@ int run(int argc, char **argv) {
     compact_command->add_flag("-q,--quiet", compact.quiet, "Show no progress");
     compact_command->final_callback([&] { code = run_compact(compact); });
 
+    CheckOptions check;
+    auto *check_command = app.add_subcommand("check", "Check an image for leaks and corruptions, and repair it");
+    add_common(check_command, check.target, check.nbdkit);
+    check_command->add_option("--repair", check.repair, "leaks: also beside a running guest; all: only an image file")
+        ->check(CLI::IsMember({"leaks", "all"}));
+    check_command->add_flag("--json", check.json, "Print the verdict as JSON");
+    check_command->final_callback([&] { code = run_check(check); });
+
     ServeOptions serve;
     auto *serve_command = app.add_subcommand("serve", "Serve an image with nbdkit in the foreground");
     serve_command->add_option("IMAGE", serve.image, "The QCOW2 image")->required();
@@ -97,7 +105,9 @@ int run(int argc, char **argv) {
     try {
         app.parse(argc, argv);
     } catch (const CLI::ParseError &e) {
-        return app.exit(e) == 0 ? 0 : static_cast<int>(ExitCode::usage);
+        // The 2 of `check` means corruptions.
+        const ExitCode usage = app.got_subcommand(check_command) ? ExitCode::error : ExitCode::usage;
+        return app.exit(e) == 0 ? 0 : static_cast<int>(usage);
     }
     // A result that could not be written is no result: a full disk must not look like success.
     if (std::fflush(stdout) != 0) {

@@ -40,6 +40,13 @@ struct CompactOptions {
     bool quiet = false;
 };
 
+struct CheckOptions {
+    std::string target;
+    std::string nbdkit = "nbdkit";
+    std::string repair; // empty, "leaks" or "all"
+    bool json = false;
+};
+
 struct ServeOptions {
     std::string image;
     std::string socket; // empty: IMAGE.sock
@@ -53,6 +60,7 @@ struct ServeOptions {
 ExitCode run_status(const StatusOptions &options);
 ExitCode run_plan(const PlanOptions &options);
 ExitCode run_compact(const CompactOptions &options);
+ExitCode run_check(const CheckOptions &options);
 ExitCode run_serve(const ServeOptions &options);
 
 } // namespace qlean

@@ -63,9 +63,10 @@ bool accepts_connections(const std::string &path) {
 
 } // namespace
 
-PrivateServer::PrivateServer(const std::string &image, Access access, const std::string &nbdkit) {
+PrivateServer::PrivateServer(const std::string &image, Access access, const std::string &nbdkit,
+                             const std::vector<std::string> &parameters) {
     try {
-        start(image, access, nbdkit);
+        start(image, access, nbdkit, parameters);
         wait_until_listening(image);
     } catch (...) {
         terminate();
@@ -83,7 +84,8 @@ PrivateServer::~PrivateServer() {
     ::close(log_);
 }
 
-void PrivateServer::start(const std::string &image, Access access, const std::string &nbdkit) {
+void PrivateServer::start(const std::string &image, Access access, const std::string &nbdkit,
+                          const std::vector<std::string> &parameters) {
     const char *base = std::getenv("TMPDIR");
     std::string name = fmt::format("{}/qlean-XXXXXX", base != nullptr && *base == '/' ? base : "/tmp");
     // A socket's path is limited to 107 bytes; a long TMPDIR must not make us fail.
@@ -109,6 +111,7 @@ void PrivateServer::start(const std::string &image, Access access, const std::st
     }
     words.push_back(plugin_module());
     words.push_back("file=" + absolute_path(image));
+    words.insert(words.end(), parameters.begin(), parameters.end());
     std::vector<char *> argv;
     for (auto &word : words) {
         argv.push_back(word.data());

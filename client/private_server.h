@@ -8,6 +8,7 @@
 
 #include <string>
 #include <sys/types.h>
+#include <vector>
 
 namespace qlean {
 
@@ -16,7 +17,8 @@ enum class Access { read_only, read_write };
 class PrivateServer {
   public:
     // Returns when the socket accepts connections; throws with nbdkit's own words when it does not start.
-    PrivateServer(const std::string &image, Access access, const std::string &nbdkit);
+    PrivateServer(const std::string &image, Access access, const std::string &nbdkit,
+                  const std::vector<std::string> &parameters);
     ~PrivateServer();
     PrivateServer(const PrivateServer &) = delete;
     PrivateServer &operator=(const PrivateServer &) = delete;
@@ -30,7 +32,8 @@ class PrivateServer {
     std::string last_words() const;
 
   private:
-    void start(const std::string &image, Access access, const std::string &nbdkit);
+    void start(const std::string &image, Access access, const std::string &nbdkit,
+               const std::vector<std::string> &parameters);
     void wait_until_listening(const std::string &image);
     int terminate() noexcept; // wait status, or -1 when there is no child
     void remove_directory() noexcept;

@@ -16,7 +16,9 @@
 
 namespace qlean {
 
-Target::Target(const std::string &text, Access access, const std::string &nbdkit) : name_(text) {
+Target::Target(const std::string &text, Access access, const std::string &nbdkit,
+               const std::vector<std::string> &parameters)
+    : name_(text) {
     if (text.find("://") != std::string::npos) {
         if (text.rfind("nbd", 0) != 0) {
             throw Failure(
@@ -33,7 +35,7 @@ Target::Target(const std::string &text, Access access, const std::string &nbdkit
     if (S_ISSOCK(info.st_mode)) {
         socket_ = text;
     } else if (S_ISREG(info.st_mode) || S_ISBLK(info.st_mode)) {
-        server_ = std::make_unique<PrivateServer>(text, access, nbdkit);
+        server_ = std::make_unique<PrivateServer>(text, access, nbdkit, parameters);
         socket_ = server_->socket_path();
     } else {
         throw Failure(fmt::format("'{}' is neither a socket nor an image file nor a block device", text));

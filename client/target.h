@@ -9,6 +9,7 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 struct nbd_handle;
 
@@ -17,7 +18,11 @@ namespace qlean {
 class Target {
   public:
     // TEXT is an NBD URI, the path of a Unix socket, or an image file or block device.
-    Target(const std::string &text, Access access, const std::string &nbdkit);
+    // PARAMETERS are for the plugin of a private server.
+    Target(const std::string &text, Access access, const std::string &nbdkit,
+           const std::vector<std::string> &parameters = {});
+
+    bool is_private() const { return server_ != nullptr; }
 
     // Connects up to the option negotiation (the handle must be in opt mode). Throws one sentence.
     void connect(nbd_handle *handle) const;

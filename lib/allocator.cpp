@@ -417,4 +417,9 @@ std::vector<bool> Allocator::Watch::touched() const {
     return touched_;
 }
 
+bool Allocator::Watch::touched(HostCluster c) const {
+    const std::lock_guard guard(allocator_.mutex_);
+    return c.value < touched_.size() && touched_[c.value];
+}
+
 } // namespace qlean

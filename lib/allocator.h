@@ -130,6 +130,7 @@ class Allocator {
         Watch &operator=(const Watch &) = delete;
         /// What was recorded so far, by host cluster.
         std::vector<bool> touched() const;
+        bool touched(HostCluster c) const;
 
       private:
         friend class Allocator;

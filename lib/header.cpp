@@ -161,25 +161,21 @@ Header Header::parse(std::span<const std::byte> bytes, const std::string &file) 
     return h;
 }
 
-void Header::require_supported(const std::string &file) const {
-    const auto unsupported = [&](const std::string &feature) {
-        throw Error(Error::Kind::unsupported, ENOTSUP,
-                    fmt::format("'{}' uses {}, which is not supported yet", file, feature));
-    };
-    if (incompatible & incompatible_corrupt)
-        throw Error(Error::Kind::bad_image, EIO,
-                    fmt::format("'{}' is marked corrupt; repair it first with 'qemu-img check -r all'", file));
+void Header::require_known(const std::string &file) const {
     const std::uint64_t known = incompatible_dirty | incompatible_corrupt | incompatible_data_file |
                                 incompatible_compression | incompatible_extended_l2;
     for (unsigned bit = 0; bit < 64; ++bit)
         if ((incompatible & ~known) >> bit & 1)
             throw Error(Error::Kind::unsupported, ENOTSUP,
                         fmt::format("'{}' cannot be opened: it needs {}", file, feature_name(*this, bit)));
-    if (incompatible & incompatible_dirty)
+}
+
+void Header::require_supported(const std::string &file) const {
+    const auto unsupported = [&](const std::string &feature) {
         throw Error(Error::Kind::unsupported, ENOTSUP,
-                    fmt::format("'{}' has the dirty bit set (its refcounts may be wrong after a crash), which is not "
-                                "supported yet; repair it first with 'qemu-img check -r all'",
-                                file));
+                    fmt::format("'{}' uses {}, which is not supported yet", file, feature));
+    };
+    require_known(file);
     if (incompatible & incompatible_data_file)
         unsupported("an external data file");
     if (incompatible & incompatible_extended_l2)

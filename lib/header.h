@@ -79,7 +79,10 @@ struct Header {
     /// Decodes `bytes`, the start of the file (all of it up to max_bytes). Throws Error naming `file`.
     static Header parse(std::span<const std::byte> bytes, const std::string &file);
 
-    /// Throws Error with one sentence if the image uses a feature that is not handled (or is marked corrupt or dirty).
+    /// Throws Error with one sentence if the image needs an incompatible feature that nobody knows.
+    void require_known(const std::string &file) const;
+    /// Throws Error with one sentence if the image uses a feature that is not handled. The marks "dirty" and "corrupt"
+    /// are not features.
     void require_supported(const std::string &file) const;
 
     /// Rewrites the fixed fields in `sector`, the first 512 bytes of the file, keeping every byte it does not know.

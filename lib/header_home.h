@@ -6,12 +6,30 @@
 #pragma once
 
 #include "byte_order.h"
+#include "byte_order.h"
 #include "file.h"
 #include "header.h"
 
 #include <mutex>
 
 namespace qlean {
+
+/// The header of the image in `file`, and its first sector as it is. Throws Error if it is none.
+inline std::pair<Header, std::vector<std::byte>> read_header(File &file) {
+    const std::uint64_t length = file.length();
+    std::vector<std::byte> bytes(std::min<std::uint64_t>(length, 4096));
+    file.read(bytes, HostOffset{0});
+    if (bytes.size() >= 24 && load_be<std::uint32_t>(bytes, 0) == Header::magic) {
+        const std::uint64_t cluster = std::uint64_t{1} << std::min(load_be<std::uint32_t>(bytes, 20), 21u);
+        if (cluster > bytes.size() && length > bytes.size()) {
+            bytes.resize(std::min(cluster, length));
+            file.read(bytes, HostOffset{0});
+        }
+    }
+    Header header = Header::parse(bytes, file.name());
+    bytes.resize(512);
+    return {std::move(header), std::move(bytes)};
+}
 
 class HeaderHome {
   public:

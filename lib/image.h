@@ -8,6 +8,7 @@
 // A write is durable after a flush() that was called after it returned.
 #pragma once
 
+#include "check/report.h"
 #include "state.h"
 
 #include <condition_variable>
@@ -27,9 +28,12 @@ class Image {
         std::uint64_t cache_bytes = 64 * 1024 * 1024;
         /// For an image that is opened as the backing file of another: that one.
         const ChainLink *above = nullptr;
+        /// What to repair before the image is served for writing. Nothing here: what QEMU does, a dirty image is
+        /// repaired.
+        std::optional<Repair> repair;
     };
 
-    /// Opens, locks (as QEMU does) and judges the image at `path`. Nothing of it is changed.
+    /// Opens, locks (as QEMU does) and judges the image at `path`. Nothing of it is changed, unless it is repaired.
     static std::unique_ptr<Image> open(const std::string &path, const Options &options);
     /// Opens an image in any File, without locks: the seam for tests.
     static std::unique_ptr<Image> open(std::unique_ptr<File> file, const Options &options);

@@ -4,6 +4,7 @@
 // Opening: from a file to the parts of an image, or one clear sentence. What is read is bounded by what the header
 // may claim (32 MiB of L1, 8 MiB of refcount table) and does not grow with what is allocated.
 #include "byte_order.h"
+#include "check/check.h"
 #include "error.h"
 #include "image.h"
 #include "image_lock.h"
@@ -22,23 +23,6 @@ std::vector<std::uint64_t> read_words(File &file, HostOffset at, std::uint64_t c
     std::vector<std::uint64_t> words(count);
     file.read(std::as_writable_bytes(std::span(words)), at);
     return words;
-}
-
-Header read_header(File &file, std::vector<std::byte> &sector) {
-    const std::uint64_t length = file.length();
-    std::vector<std::byte> bytes(std::min<std::uint64_t>(length, 4096));
-    file.read(bytes, HostOffset{0});
-    if (bytes.size() >= 24 && load_be<std::uint32_t>(bytes, 0) == Header::magic) {
-        const std::uint64_t cluster = std::uint64_t{1} << std::min(load_be<std::uint32_t>(bytes, 20), 21u);
-        if (cluster > bytes.size() && length > bytes.size()) {
-            bytes.resize(std::min(cluster, length));
-            file.read(bytes, HostOffset{0});
-        }
-    }
-    Header header = Header::parse(bytes, file.name());
-    sector.assign(bytes.begin(), bytes.begin() + static_cast<std::ptrdiff_t>(std::min<std::size_t>(bytes.size(), 512)));
-    sector.resize(512);
-    return header;
 }
 
 void require_inside(const File &file, HostOffset at, std::uint64_t bytes, std::uint64_t length, const char *what) {
@@ -117,10 +101,50 @@ void refuse_truncated(File &file, const Geometry &geometry, const std::vector<st
 
 } // namespace
 
+namespace {
+
+/// Without being told, as QEMU does: a dirty image is repaired before it is written.
+bool wants_repair(const Header &header, const Image::Options &options) {
+    if (options.read_only)
+        return false;
+    return options.repair ? *options.repair != Repair::none : (header.incompatible & Header::incompatible_dirty) != 0;
+}
+
+/// Whether an image that is marked dirty or corrupt may be served as it is asked for.
+void judge_marks(const File &file, const Header &header, const Image::Options &options,
+                 const std::optional<CheckReport> &repaired) {
+    if (options.read_only)
+        return;
+    if (repaired && repaired->check_errors != 0)
+        throw Error(Error::Kind::bad_image, EIO,
+                    fmt::format("'{}' could not be repaired: {}; serve it read-only and copy what can be read",
+                                file.name(), repaired->problems.empty() ? "it cannot be checked" : repaired->problems.front()));
+    if (header.incompatible & Header::incompatible_corrupt)
+        throw Error(Error::Kind::bad_image, EIO,
+                    fmt::format("'{}' is marked corrupt; serve it read-only, or repair it with 'qlean check --repair "
+                                "all'{}",
+                                file.name(),
+                                repaired ? fmt::format(" ({} problems are beyond repair: {})", repaired->corruptions,
+                                                       repaired->problems.empty() ? "" : repaired->problems.front())
+                                         : ""));
+    if (header.incompatible & Header::incompatible_dirty && !repaired)
+        throw Error(Error::Kind::bad_image, EIO,
+                    fmt::format("'{}' has the dirty bit set: its refcounts may be wrong after a crash; open it without "
+                                "repair=none, or read-only",
+                                file.name()));
+}
+
+} // namespace
+
 std::unique_ptr<Image> Image::open(std::unique_ptr<File> file, const Options &options) {
-    std::vector<std::byte> sector;
-    Header header = read_header(*file, sector);
+    auto [header, sector] = read_header(*file);
     header.require_supported(file->name());
+    std::optional<CheckReport> repaired;
+    if (wants_repair(header, options)) {
+        repaired = repair_file(*file, options.repair.value_or(Repair::all));
+        std::tie(header, sector) = read_header(*file);
+    }
+    judge_marks(*file, header, options, repaired);
     const Geometry geometry = header.geometry();
     const std::uint64_t length = file->length();
 

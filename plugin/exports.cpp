@@ -2,6 +2,7 @@
 // Copyright (c) 2026, the qlean authors
 #include "exports.h"
 
+#include "check_page.h"
 #include "lib/compact/compact.h"
 #include "lib/compact/zero_scan.h"
 #include "lib/error.h"
@@ -134,11 +135,23 @@ void Export::extents(std::uint64_t at, std::uint64_t length, std::size_t, const 
 }
 void Export::cache(std::uint64_t, std::uint64_t) {}
 
-std::vector<std::string> export_names() { return {"", "compact", "zeroes", "status"}; }
+std::vector<std::string> export_names() {
+    if (server().checked)
+        return {"check"};
+    return {"", "compact", "zeroes", "status", "check"};
+}
 
 std::unique_ptr<Export> open_export(Server &server, const std::string &name, bool read_only) {
-    read_only = read_only || server.image->read_only();
     const std::uint64_t connection = ++server.connections;
+    if (server.checked) {
+        if (name.empty() || name == "check")
+            return open_check_export(server, true, connection);
+        throw Error(Error::Kind::unsupported, ENOENT,
+                    fmt::format("there is no export '{}': this server only checks; its export is 'check'", name));
+    }
+    read_only = read_only || server.image->read_only();
+    if (name == "check")
+        return open_check_export(server, read_only, connection);
     if (name.empty())
         return std::make_unique<DiskExport>(server, read_only);
     if (name == "compact")
@@ -152,7 +165,7 @@ std::unique_ptr<Export> open_export(Server &server, const std::string &name, boo
         return std::make_unique<StatusExport>(server);
     throw Error(
         Error::Kind::unsupported, ENOENT,
-        fmt::format("there is no export '{}'; the exports are '' (the disk), 'compact', 'zeroes' and 'status'", name));
+        fmt::format("there is no export '{}'; the exports are '' (the disk), 'compact', 'zeroes', 'status' and 'check'", name));
 }
 
 } // namespace qlean::plugin

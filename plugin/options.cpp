@@ -46,9 +46,21 @@ void Options::set(const std::string &key, const std::string &value) {
             throw Error(Error::Kind::unsupported, EINVAL,
                         fmt::format("'metadata-cache={}' is not a size such as 64M", value));
         cache_bytes = static_cast<std::uint64_t>(size);
+    } else if (key == "repair") {
+        if (value != "none" && value != "leaks" && value != "all")
+            throw Error(Error::Kind::unsupported, EINVAL,
+                        fmt::format("'repair={}' is not known; use none, leaks or all", value));
+        repair = value == "none" ? Repair::none : value == "leaks" ? Repair::leaks : Repair::all;
+    } else if (key == "check-only") {
+        const int yes = nbdkit_parse_bool(value.c_str());
+        if (yes == -1)
+            throw Error(Error::Kind::unsupported, EINVAL, fmt::format("'check-only={}' is not yes or no", value));
+        check_only = yes != 0;
     } else {
         throw Error(Error::Kind::unsupported, EINVAL,
-                    fmt::format("unknown parameter '{}'; the qcow2 plugin takes file= and metadata-cache=", key));
+                    fmt::format("unknown parameter '{}'; the qcow2 plugin takes file=, metadata-cache=, repair= and "
+                                "check-only=",
+                                key));
     }
 }
 
@@ -56,6 +68,8 @@ void Options::complete() {
     if (file.empty())
         throw Error(Error::Kind::unsupported, EINVAL, "which image? give file=DISK.qcow2");
     read_only = started_read_only();
+    if (read_only && repair && *repair != Repair::none)
+        throw Error(Error::Kind::unsupported, EINVAL, "a read-only server (-r) repairs nothing; leave out repair=");
 }
 
 bool started_read_only() {

@@ -4,7 +4,10 @@
 // The plugin's parameters, and the one thing of nbdkit's own command line that must be known before a client connects.
 #pragma once
 
+#include "lib/check/report.h"
+
 #include <cstdint>
+#include <optional>
 #include <string>
 
 namespace qlean::plugin {
@@ -13,6 +16,8 @@ struct Options {
     std::string file;                             ///< absolute
     std::uint64_t cache_bytes = 64 * 1024 * 1024; ///< of L2 tables kept in memory
     bool read_only = false;                       ///< nbdkit -r
+    std::optional<Repair> repair;                 ///< before serving; nothing: what QEMU does
+    bool check_only = false;                      ///< serve the verdict on the image, not the image
 
     /// Takes one key=value. Throws Error naming an unknown key or a bad value.
     void set(const std::string &key, const std::string &value);

@@ -3,6 +3,7 @@
 //
 // nbdkit's view: the callbacks, each a guarded call into the export that the connection opened. Every request passes
 // the gate, so that stopping the server is never an I/O error.
+#include "check_page.h"
 #include "exports.h"
 #include "guard.h"
 #include "nbdkit.h"
@@ -61,7 +62,12 @@ int get_ready() {
         Image::Options options;
         options.read_only = server().options.read_only;
         options.cache_bytes = server().options.cache_bytes;
+        options.repair = server().options.repair;
         server().nbdkit_version = running_nbdkit_version();
+        if (server().options.check_only) {
+            prepare_check_only(server());
+            return 0;
+        }
         server().image = Image::open(server().options.file, options);
         return 0;
     });
@@ -69,11 +75,13 @@ int get_ready() {
 
 int after_fork() {
     return guarded(-1, [&] {
-        server().image->on_background_error([](const std::exception &error) {
-            nbdkit_error("in the background: %s", error.what());
-            last_error().set(error.what());
-        });
-        server().image->start_housekeeping();
+        if (server().image) {
+            server().image->on_background_error([](const std::exception &error) {
+                nbdkit_error("in the background: %s", error.what());
+                last_error().set(error.what());
+            });
+            server().image->start_housekeeping();
+        }
         server().gate.own_signals(leave);
         return 0;
     });
@@ -125,7 +133,8 @@ int is_rotational(void *) { return 0; }
 int block_size(void *, uint32_t *minimum, uint32_t *preferred, uint32_t *maximum) {
     // A larger minimum breaks clients with odd sizes; the preferred one is what costs no copying.
     *minimum = 1;
-    *preferred = static_cast<uint32_t>(std::max<std::uint64_t>(server().image->geometry().cluster_size(), 4096));
+    const std::uint64_t cluster = server().image ? server().image->geometry().cluster_size() : 0;
+    *preferred = static_cast<uint32_t>(std::max<std::uint64_t>(cluster, 4096));
     *maximum = 0xffffffff;
     return 0;
 }
@@ -190,7 +199,9 @@ nbdkit_plugin plugin = [] {
     p.config = config;
     p.config_complete = config_complete;
     p.config_help = "[file=]<DISK.qcow2>      (required) The image to serve.\n"
-                    "metadata-cache=<SIZE>    Memory for L2 tables (default 64M).";
+                    "metadata-cache=<SIZE>    Memory for L2 tables (default 64M).\n"
+                    "repair=none|leaks|all    What to repair before serving (default: a dirty image).\n"
+                    "check-only=<BOOL>        Serve the export 'check' alone, of any image.";
     p.magic_config_key = "file";
     p.get_ready = get_ready;
     p.after_fork = after_fork;

@@ -9,6 +9,7 @@
 #include "lib/compact/maintenance.h"
 #include "lib/compact/survey.h"
 #include "lib/image.h"
+#include "lib/posix_file.h"
 #include "options.h"
 
 #include <memory>
@@ -19,6 +20,8 @@ struct Server {
     Options options;
     std::string nbdkit_version; ///< of the server that runs, not the one this was built for
     std::unique_ptr<Image> image;
+    std::unique_ptr<PosixFile> checked; ///< instead of an image: a file that is only checked
+    CheckReport repaired;               ///< what was fixed of it
     MoveOwnership ownership;
     Gauges gauges;
     GuestStats stats;

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// What refers to clusters besides the disk itself: internal snapshots and persistent bitmaps.
+#include "checker.h"
+
+#include <map>
+
+namespace qlean {
+
+namespace {
+
+constexpr std::uint64_t max_snapshots = 65536;
+constexpr std::uint64_t max_snapshot_table_bytes = 1024 * max_snapshots;
+constexpr std::uint64_t snapshot_fixed_bytes = 40;
+constexpr std::uint64_t wanted_extra_bytes = 16;
+constexpr std::uint64_t max_bitmaps = 65535;
+constexpr std::uint64_t bitmap_fixed_bytes = 24;
+constexpr std::uint64_t max_bitmap_name = 1023;
+constexpr std::uint64_t bitmap_reserved = 0xff00'0000'0000'01fe;
+
+} // namespace
+
+void Checker::count_snapshots() {
+    if (header_.snapshot_count > max_snapshots)
+        return give_up(fmt::format("{} internal snapshots are more than {}", header_.snapshot_count, max_snapshots));
+    File &file = source_.file();
+    // L1 tables that are the same are counted together: their number may be a lie.
+    std::map<std::pair<HostOffset, std::uint32_t>, std::uint64_t> tables;
+    std::uint64_t bytes = 0;
+    for (std::uint32_t i = 0; i < header_.snapshot_count; ++i) {
+        require_going(stop_);
+        std::vector<std::byte> fixed(snapshot_fixed_bytes);
+        file.read(fixed, header_.snapshots_offset + bytes);
+        const HostOffset l1{load_be<std::uint64_t>(fixed, 0)};
+        const auto entries = load_be<std::uint32_t>(fixed, 8);
+        const std::uint64_t extra = load_be<std::uint32_t>(fixed, 36);
+        bytes += round_up(snapshot_fixed_bytes + extra + load_be<std::uint16_t>(fixed, 12) +
+                              load_be<std::uint16_t>(fixed, 14),
+                          8);
+        if (bytes > max_snapshot_table_bytes)
+            return give_up("the snapshot table is impossibly long");
+        if (header_.version >= 3 && extra < wanted_extra_bytes)
+            corrupt(fmt::format("entry {} of the snapshot table is incomplete", i));
+        if (l1.value % cluster_ != 0)
+            corrupt(fmt::format("the L1 table of snapshot {} at {:#x} is not at a cluster boundary", i, l1.value));
+        else if (std::uint64_t{entries} * 8 > Header::max_l1_bytes)
+            corrupt(fmt::format("the L1 table of snapshot {} has the impossible number of {} entries", i, entries));
+        else
+            ++tables[{l1, entries}];
+    }
+    std::uint64_t read = 0;
+    std::vector<std::uint64_t> words;
+    for (const auto &[where, times] : tables) {
+        require_going(stop_);
+        const auto &[at, entries] = where;
+        count(at, std::uint64_t{entries} * 8, "the L1 table of a snapshot", times);
+        if (at.value >= source_.length())
+            continue;
+        read += std::uint64_t{entries} * 8;
+        if (read > source_.length() + Header::max_l1_bytes)
+            return give_up("the L1 tables of the snapshots overlap");
+        words.resize(entries);
+        read_words(file, at, words);
+        add_tables(words, times, false);
+    }
+    count(header_.snapshots_offset, bytes, "the snapshot table");
+}
+
+void Checker::count_bitmaps() {
+    const auto *extension = header_.extension(Header::extension_bitmaps);
+    // Without the bit they are out of date, and their clusters leaked.
+    if (extension == nullptr || extension->data.size() < 24 || !(header_.autoclear & Header::autoclear_bitmaps))
+        return;
+    const std::uint64_t bitmaps = load_be<std::uint32_t>(extension->data, 0);
+    const std::uint64_t bytes = load_be<std::uint64_t>(extension->data, 8);
+    const HostOffset at{load_be<std::uint64_t>(extension->data, 16)};
+    count(at, bytes, "the bitmap directory");
+    if (bitmaps > max_bitmaps || bytes > max_bitmaps * 2048 || at.value > source_.length() ||
+        bytes > round_up(source_.length(), cluster_) - at.value)
+        return give_up("the bitmap directory is not valid");
+    std::vector<std::byte> directory(bytes);
+    source_.file().read(directory, at);
+    std::uint64_t found = 0;
+    for (std::uint64_t from = 0; from < bytes; ++found) {
+        if (bytes - from < bitmap_fixed_bytes)
+            return give_up("the bitmap directory is not valid");
+        const std::uint64_t name = load_be<std::uint16_t>(directory, from + 18);
+        const std::uint64_t extra = load_be<std::uint32_t>(directory, from + 20);
+        const std::uint64_t length = round_up(bitmap_fixed_bytes + extra + name, 8);
+        if (length > bytes - from || name == 0 || name > max_bitmap_name)
+            return give_up(fmt::format("entry {} of the bitmap directory is not valid", found));
+        count_bitmap_table({load_be<std::uint64_t>(directory, from)}, load_be<std::uint32_t>(directory, from + 8));
+        from += length;
+    }
+    if (found != bitmaps)
+        give_up("the bitmap directory has not as many entries as the header says");
+}
+
+void Checker::count_bitmap_table(HostOffset at, std::uint64_t entries) {
+    count(at, entries * 8, "a bitmap table");
+    if (at.value >= source_.length() || entries * 8 > round_up(source_.length(), cluster_) - at.value)
+        return;
+    std::vector<std::uint64_t> words(entries);
+    read_words(source_.file(), at, words);
+    for (const std::uint64_t word : words) {
+        const std::uint64_t offset = word & entry::offset_mask;
+        if (word & bitmap_reserved || (offset != 0 && word & 1) || offset % cluster_ != 0)
+            corrupt(fmt::format("an entry of the bitmap table at {:#x} is {:#x}, which is not valid", at.value, word));
+        else if (offset != 0)
+            count({offset}, cluster_, "a cluster of a bitmap");
+    }
+}
+
+} // namespace qlean
