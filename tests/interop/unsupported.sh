@@ -29,6 +29,3 @@ qemu-img snapshot -c one "$W/snapshot.qcow2"
 refused snapshot 'snapshot'
 create_luks "$W/luks.qcow2" 16M
 refused luks 'encrypt|luks'
-create "$W/dirty.qcow2" 16M
-printf '\x01' | dd of="$W/dirty.qcow2" bs=1 seek=79 conv=notrunc status=none
-refused dirty 'dirty'
