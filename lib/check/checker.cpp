@@ -210,9 +210,8 @@ void Checker::add_tables(const std::vector<std::uint64_t> &l1, std::uint64_t tim
 
 /// One of each, however often it is pointed to; in the order of the file.
 void Checker::join_tables() {
-    std::stable_sort(tables_.begin(), tables_.end(), [](const Table &a, const Table &b) {
-        return a.at != b.at ? a.at < b.at : a.active > b.active;
-    });
+    std::stable_sort(tables_.begin(), tables_.end(),
+                     [](const Table &a, const Table &b) { return a.at != b.at ? a.at < b.at : a.active > b.active; });
     std::size_t kept = 0;
     for (const Table &table : tables_) {
         if (kept == 0 || tables_[kept - 1].at != table.at) {
@@ -294,8 +293,8 @@ void Checker::count_entry(const Table &table, std::uint64_t n, L2Words words, st
             return wrong("a compressed cluster in an image with an external data file", table.total);
         if (words.bitmap != 0)
             return wrong("a compressed cluster cannot have subclusters", table.total);
-        const auto extent = entry::compressed_extent(words.entry & ~(entry::copied | entry::compressed),
-                                                     geometry_.cluster_bits());
+        const auto extent =
+            entry::compressed_extent(words.entry & ~(entry::copied | entry::compressed), geometry_.cluster_bits());
         count(extent.at, extent.bytes, "a compressed cluster", table.total);
         report.allocated_clusters += table.active;
         report.compressed_clusters += table.active;

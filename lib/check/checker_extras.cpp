@@ -35,9 +35,8 @@ void Checker::count_snapshots() {
         const HostOffset l1{load_be<std::uint64_t>(fixed, 0)};
         const auto entries = load_be<std::uint32_t>(fixed, 8);
         const std::uint64_t extra = load_be<std::uint32_t>(fixed, 36);
-        bytes += round_up(snapshot_fixed_bytes + extra + load_be<std::uint16_t>(fixed, 12) +
-                              load_be<std::uint16_t>(fixed, 14),
-                          8);
+        bytes += round_up(
+            snapshot_fixed_bytes + extra + load_be<std::uint16_t>(fixed, 12) + load_be<std::uint16_t>(fixed, 14), 8);
         if (bytes > max_snapshot_table_bytes)
             return give_up("the snapshot table is impossibly long");
         if (header_.version >= 3 && extra < wanted_extra_bytes)

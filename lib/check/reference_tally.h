@@ -18,7 +18,8 @@ namespace qlean {
 class LazyBytes {
   public:
     explicit LazyBytes(std::uint64_t size)
-        : size_(size), bytes_(static_cast<std::uint8_t *>(std::calloc(std::max<std::uint64_t>(size, 1), 1)), &std::free) {
+        : size_(size),
+          bytes_(static_cast<std::uint8_t *>(std::calloc(std::max<std::uint64_t>(size, 1), 1)), &std::free) {
         if (!bytes_)
             throw std::bad_alloc();
     }

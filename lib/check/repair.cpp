@@ -171,8 +171,8 @@ void Mender::mend_counts(Count how) {
 // --- flags and entries --------------------------------------------------------------------------------------------
 
 bool Mender::mend_flag(std::uint64_t &word, Flag how) {
-    const bool one = header_.has_data_file() ||
-                     final_count(geometry_.cluster_of(HostOffset{word & entry::offset_mask})) == 1;
+    const bool one =
+        header_.has_data_file() || final_count(geometry_.cluster_of(HostOffset{word & entry::offset_mask})) == 1;
     if (one == ((word & entry::copied) != 0) || one != (how == Flag::set))
         return false;
     word ^= entry::copied;
