@@ -3,6 +3,7 @@
 #include "contents.h"
 
 #include "error.h"
+#include "subcluster_mapping.h"
 
 #include <cstring>
 
@@ -11,6 +12,10 @@ namespace qlean {
 bool Contents::is_zero(GuestCluster c, const Mapping &mapping) const {
     if (mapping.is_zero())
         return true;
+    if (mapping.is_mixed()) {
+        const subclusters::Bitmap bitmap(mapping.bits);
+        return bitmap.data() == 0 && (bitmap.unallocated() == 0 || is_zero(c, {}));
+    }
     return mapping.kind == Mapping::Kind::unallocated && ends_below(c);
 }
 
@@ -31,9 +36,10 @@ void Contents::read(GuestCluster c, const Mapping &mapping, std::uint64_t within
         return compressed_.read(c, mapping.bits, within, into);
     case Kind::mixed:
     case Kind::mixed_allocated:
-        throw Error(Error::Kind::unsupported, EIO,
-                    fmt::format("'{}': the cluster at guest offset {:#x} has subclusters, which is not supported yet",
-                                data_.name(), geometry_.offset_of(c).value));
+        return subclusters::each_piece(geometry_, mapping, within, into.size(),
+                                       [&](const Mapping &piece, std::uint64_t at, std::uint64_t n) {
+                                           read(c, piece, at, into.subspan(at - within, n));
+                                       });
     case Kind::damaged:
         throw_bad_image("'{}' is damaged: the L2 entry of guest offset {:#x} points to no valid cluster; stop the "
                         "server and run 'qemu-img check'",

@@ -22,9 +22,14 @@ void create_image(File &file, const CreateOptions &options) {
         refuse(fmt::format("refcounts of 2^{} bits are impossible; use 2^0 to 2^6, or 2^4 in version 2",
                            options.refcount_order));
 
+    if (options.extended_l2 && (options.version < 3 || options.cluster_size < Header::min_extended_cluster))
+        refuse("extended L2 entries need version 3 and clusters of 16384 bytes or more");
+
     Header header;
     header.version = options.version;
     header.refcount_order = options.refcount_order;
+    if (options.extended_l2)
+        header.incompatible |= Header::incompatible_extended_l2;
     header.cluster_bits = static_cast<unsigned>(std::countr_zero(options.cluster_size));
     header.virtual_size = options.virtual_size;
     if (options.version == 2)

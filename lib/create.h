@@ -14,6 +14,7 @@ struct CreateOptions {
     std::uint64_t cluster_size = 65536; ///< a power of two from 512 to 2 MiB
     unsigned version = 3;               ///< 2 or 3
     unsigned refcount_order = 4;        ///< log2 of the width of a refcount in bits, 0 to 6; version 2 has only 4
+    bool extended_l2 = false;           ///< subclusters: from 16 KiB clusters on, in version 3
 };
 
 /// Writes an empty image into `file`, which is empty, and makes it durable. Throws Error if the options are impossible.

@@ -125,6 +125,9 @@ Header Header::parse(std::span<const std::byte> bytes, const std::string &file) 
     }
     const Geometry geometry = h.geometry();
     const std::uint64_t cluster = geometry.cluster_size();
+    if (h.has_subclusters() && cluster < min_extended_cluster)
+        throw_bad_image("'{}' is damaged: extended L2 entries need clusters of {} bytes or more, not {}", file,
+                        min_extended_cluster, cluster);
     // QEMU refuses disks beyond this, and so avoids overflows in every later calculation.
     if (h.virtual_size > (std::uint64_t{1} << 62))
         throw_bad_image("'{}' is damaged: a disk of {} bytes is impossible", file, h.virtual_size);
@@ -178,8 +181,6 @@ void Header::require_supported(const std::string &file) const {
     require_known(file);
     if (incompatible & incompatible_data_file)
         unsupported("an external data file");
-    if (incompatible & incompatible_extended_l2)
-        unsupported("extended L2 entries (subclusters)");
     if (crypt_method != 0)
         unsupported(crypt_method == 2 ? "LUKS encryption" : "AES encryption");
     if (snapshot_count != 0)

@@ -27,6 +27,8 @@ struct Header {
     static constexpr std::uint32_t magic = 0x514649fb;
     static constexpr std::uint64_t max_l1_bytes = 32 * 1024 * 1024;
     static constexpr std::uint64_t max_refcount_table_bytes = 8 * 1024 * 1024;
+    /// Extended L2 entries need clusters of this size or larger.
+    static constexpr std::uint64_t min_extended_cluster = 16384;
     /// Bytes a reader needs for parse(): the largest cluster, since extensions end within the first one.
     static constexpr std::size_t max_bytes = 2 * 1024 * 1024;
 

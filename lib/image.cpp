@@ -4,6 +4,7 @@
 
 #include "cluster_io.h"
 #include "error.h"
+#include "subcluster_mapping.h"
 
 #include <chrono>
 #include <cstring>
@@ -95,18 +96,21 @@ std::vector<Image::Extent> Image::extents(GuestOffset at, std::uint64_t length, 
             mappings.resize((g.cluster_of(stop - 1) - first) + 1);
             const RangeLock::Shared guard(state_.ranges, at, stop - at);
             state_.mapper.resolve(first, mappings);
-            each_cluster(g, at, stop - at, [&](std::uint64_t done, GuestCluster c, std::uint64_t, std::uint64_t n) {
-                const Mapping &m = mappings[c - first];
-                if (m.kind == Mapping::Kind::unallocated && !state_.contents.ends_below(c)) {
-                    if (below_to != at + done)
-                        below_from = at + done;
-                    below_to = at + (done + n);
-                    return;
-                }
-                add_below(below_from, below_to);
-                below_from = below_to;
-                const bool has_data = m.has_host() || m.kind == Mapping::Kind::compressed;
-                add(at + done, at + (done + n), has_data, state_.contents.is_zero(c, m));
+            each_cluster(g, at, stop - at, [&](std::uint64_t, GuestCluster c, std::uint64_t within, std::uint64_t n) {
+                const auto piece = [&](const Mapping &m, std::uint64_t begin, std::uint64_t bytes) {
+                    const GuestOffset from = g.offset_of(c) + begin, to = from + bytes;
+                    if (m.kind == Mapping::Kind::unallocated && !state_.contents.ends_below(c)) {
+                        if (below_to != from)
+                            below_from = from;
+                        below_to = to;
+                        return;
+                    }
+                    add_below(below_from, below_to);
+                    below_from = below_to;
+                    const bool has_data = m.has_host() || m.kind == Mapping::Kind::compressed;
+                    add(from, to, has_data, state_.contents.is_zero(c, m));
+                };
+                subclusters::each_piece(g, mappings[c - first], within, n, piece);
             });
             add_below(below_from, below_to);
         }
@@ -130,15 +134,17 @@ void Image::prefetch(GuestOffset at, std::uint64_t length) {
         const RangeLock::Shared guard(state_.ranges, at, stop - at);
         state_.mapper.resolve(first, mappings);
         each_cluster(g, at, stop - at, [&](std::uint64_t, GuestCluster c, std::uint64_t within, std::uint64_t n) {
-            const Mapping &m = mappings[c - first];
-            if (m.kind == Mapping::Kind::data)
-                state_.data.will_need(g.offset_of(m.host) + within, n);
-            if (m.kind == Mapping::Kind::compressed) {
-                const auto extent = entry::compressed_extent(m.bits, g.cluster_bits());
-                state_.file.will_need(extent.at, extent.bytes);
-            }
-            if (m.kind == Mapping::Kind::unallocated && !state_.contents.ends_below(c))
-                state_.contents.below()->prefetch(g.offset_of(c) + within, n);
+            const auto piece = [&](const Mapping &m, std::uint64_t from, std::uint64_t bytes) {
+                if (m.kind == Mapping::Kind::data)
+                    state_.data.will_need(g.offset_of(m.host) + from, bytes);
+                if (m.kind == Mapping::Kind::compressed) {
+                    const auto extent = entry::compressed_extent(m.bits, g.cluster_bits());
+                    state_.file.will_need(extent.at, extent.bytes);
+                }
+                if (m.kind == Mapping::Kind::unallocated && !state_.contents.ends_below(c))
+                    state_.contents.below()->prefetch(g.offset_of(c) + from, bytes);
+            };
+            subclusters::each_piece(g, mappings[c - first], within, n, piece);
         });
         at = stop;
     }

@@ -10,6 +10,7 @@
 
 #include "check/report.h"
 #include "state.h"
+#include "subclusters.h"
 
 #include <condition_variable>
 #include <functional>
@@ -99,6 +100,27 @@ class Image {
     void trim_edge(GuestOffset at, std::uint64_t length);
     void zero_edge(GuestOffset at, std::uint64_t length, Zero how, bool fast);
     void zero_host(HostOffset at, std::uint64_t length, Zero how, bool fast);
+
+    // Images with extended L2 entries: image_subclusters.cpp.
+    struct SubclusterPlace {
+        HostCluster host;
+        bool moves; ///< it is another host cluster than before
+        bool zero;  ///< the host reads zeroes there
+        subclusters::Bitmap bitmap;
+    };
+    Outcome write_subclusters(std::span<const std::byte> from, GuestOffset at, Allocator::Growth growth);
+    bool write_owned_subclusters(std::span<const std::byte> from, GuestOffset at);
+    void fill_subclusters(GuestCluster c, const Mapping &m, SubclusterPlace &place, std::uint64_t within,
+                          std::span<const std::byte> bytes);
+    Outcome zero_subclusters_keeping_space(GuestOffset at, std::uint64_t length, Allocator::Growth growth);
+    void zero_subclusters(GuestOffset at, std::uint64_t length, Zero how, bool fast);
+    Outcome zero_subclusters_in(GuestOffset at, std::uint64_t length, Zero how, bool fast, Allocator::Growth growth,
+                                std::vector<subclusters::Piece> &to_write);
+    void trim_subclusters(GuestOffset at, std::uint64_t length);
+    Outcome give_up_subclusters(GuestCluster c, const Mapping &m, subclusters::Set gone, bool keep_host,
+                                subclusters::Piece trimmed);
+    std::uint64_t covering_length(GuestOffset at, std::uint64_t length) const;
+
     /// Splits [at, at+length) into an unaligned head, whole clusters, and an unaligned tail.
     template <class Edge, class Middle>
     void split(GuestOffset at, std::uint64_t length, Edge &&edge, Middle &&middle);

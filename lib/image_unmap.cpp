@@ -145,6 +145,9 @@ void Image::write_zeroes(GuestOffset at, std::uint64_t length) {
 
 void Image::zero_keeping_space(GuestOffset at, std::uint64_t length, bool fast) {
     const Geometry &g = state_.geometry;
+    if (g.has_subclusters())
+        return with_room(
+            [&](Allocator::Growth growth) { return zero_subclusters_keeping_space(at, length, growth); });
     const GuestCluster first = g.cluster_of(at);
     std::vector<Mapping> mappings((g.cluster_of(at + (length - 1)) - first) + 1);
     std::vector<HostRun> runs;
@@ -183,6 +186,8 @@ void Image::zero_host(HostOffset at, std::uint64_t length, Zero how, bool fast) 
 /// Part of one cluster.
 void Image::zero_edge(GuestOffset at, std::uint64_t length, Zero how, bool fast) {
     const Geometry &g = state_.geometry;
+    if (g.has_subclusters())
+        return zero_subclusters(at, length, how, fast);
     {
         const RangeLock::Exclusive guard(state_.ranges, at, length);
         Mapping m;
@@ -204,6 +209,8 @@ void Image::zero_edge(GuestOffset at, std::uint64_t length, Zero how, bool fast)
 
 void Image::trim_edge(GuestOffset at, std::uint64_t length) {
     const Geometry &g = state_.geometry;
+    if (g.has_subclusters())
+        return trim_subclusters(at, length);
     const GuestOffset first{round_up(at.value, host_block)}, last{round_down(at.value + length, host_block)};
     if (first >= last)
         return;

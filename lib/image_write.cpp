@@ -24,6 +24,8 @@ void Image::write(std::span<const std::byte> from, GuestOffset at) {
             from.first(std::min<std::uint64_t>({from.size(), data_chunk - at.value % data_chunk, table_end - at}));
         before_change(at, piece.size());
         with_room([&](Allocator::Growth growth) {
+            if (g.has_subclusters())
+                return write_subclusters(piece, at, growth);
             return write_in_place(piece, at) ? Outcome::done : write_chunk(piece, at, growth);
         });
         from = from.subspan(piece.size());

@@ -40,7 +40,24 @@ HostOffset L2Cache::home(std::uint64_t key) const {
 L2Words L2Cache::entry_of(const Slice &slice, std::uint64_t i) const {
     if (entry_words_ == 1)
         return {slice.words[i].load(std::memory_order_acquire), 0};
-    return {slice.words[2 * i].load(std::memory_order_acquire), slice.words[2 * i + 1].load(std::memory_order_acquire)};
+    return extended_entry_of(slice, i);
+}
+
+/// Both words as one store() left them.
+L2Words L2Cache::extended_entry_of(const Slice &slice, std::uint64_t i) {
+    const auto both = [&] {
+        const std::uint64_t entry = slice.words[2 * i].load(std::memory_order_acquire);
+        return L2Words{entry, slice.words[2 * i + 1].load(std::memory_order_acquire)};
+    };
+    for (int attempt = 0; attempt < 8; ++attempt) {
+        const std::uint64_t before = slice.stores.load(std::memory_order_acquire);
+        const L2Words words = both();
+        // Whoever has seen one new word sees that its store has begun.
+        if (before % 2 == 0 && slice.stores.load(std::memory_order_relaxed) == before)
+            return words;
+    }
+    const std::lock_guard guard(slice.mutex);
+    return both();
 }
 
 bool L2Cache::peek(std::uint64_t key, std::uint64_t first, std::span<L2Words> out) {
@@ -97,9 +114,11 @@ void L2Cache::read_around(GuestCluster first, std::span<L2Words> out) {
                 // loaded, changed and written while this reads yields its words from before or after the change.
                 std::vector<std::uint64_t> words(slice_words());
                 fill_from_file(key, words);
-                for (std::size_t i = 0; i < piece.size(); ++i)
-                    piece[i] = entry_words_ == 1 ? L2Words{words[at + i], 0}
-                                                 : L2Words{words[2 * (at + i)], words[2 * (at + i) + 1]};
+                // The two words of an extended entry may be of different moments then, but memory has them.
+                if (entry_words_ == 1 || !peek(key, at, piece))
+                    for (std::size_t i = 0; i < piece.size(); ++i)
+                        piece[i] = entry_words_ == 1 ? L2Words{words[at + i], 0}
+                                                     : L2Words{words[2 * (at + i)], words[2 * (at + i) + 1]};
             }
         }
         out = out.subspan(piece.size());
@@ -208,9 +227,15 @@ L2Cache::Pin::~Pin() {
 void L2Cache::Pin::store(GuestCluster c, const L2Words &words) {
     const std::lock_guard guard(slice_->mutex);
     const std::uint64_t at = c.value % cache_->slice_entries_ * cache_->entry_words_;
-    slice_->words[at].store(words.entry, std::memory_order_release);
-    if (cache_->entry_words_ == 2)
+    if (cache_->entry_words_ == 2) {
+        const std::uint64_t stores = slice_->stores.load(std::memory_order_relaxed);
+        slice_->stores.store(stores + 1, std::memory_order_relaxed);
+        slice_->words[at].store(words.entry, std::memory_order_release);
         slice_->words[at + 1].store(words.bitmap, std::memory_order_release);
+        slice_->stores.store(stores + 2, std::memory_order_release);
+    } else {
+        slice_->words[at].store(words.entry, std::memory_order_release);
+    }
     slice_->needs = std::max(slice_->needs, cache_->syncs_.needs());
     cache_->mark_dirty(*slice_);
 }

@@ -38,7 +38,7 @@ class L2Cache {
     std::uint64_t slice_of(GuestCluster c) const { return c.value / slice_entries_; }
 
     /// The L2 entries of guest clusters [first, first + out.size()). The caller holds them in the range lock, or
-    /// accepts that they change under it (and that the two words of an extended entry may be of two moments).
+    /// accepts that they change under it.
     void read(GuestCluster first, std::span<L2Words> out);
 
     /// As read, but passing by the cache for what it does not hold: for walks over everything, which includes entries
@@ -97,7 +97,8 @@ class L2Cache {
         std::atomic<std::uint64_t> key{no_key};
         std::atomic<std::uint64_t> turn{0}; // raised whenever the slice is given up: the same key may come back
         std::unique_ptr<std::atomic<std::uint64_t>[]> words; // host byte order
-        std::mutex mutex;                                    // orders store() against the leader's copy
+        mutable std::mutex mutex;                            // orders store() against the leader's copy
+        std::atomic<std::uint64_t> stores{0}; // of extended entries, in halves: odd while one is under way
         std::atomic<bool> dirty{false};
         std::atomic<bool> used{false};      // since the clock hand passed
         std::uint64_t needs = 0;            // protected by mutex
@@ -121,6 +122,7 @@ class L2Cache {
     HostOffset home(std::uint64_t key) const;
 
     L2Words entry_of(const Slice &slice, std::uint64_t i) const;
+    static L2Words extended_entry_of(const Slice &slice, std::uint64_t i);
     /// Reads entries of one slice without a lock; false if it is not in memory.
     bool peek(std::uint64_t key, std::uint64_t first, std::span<L2Words> out);
     /// The slice in memory, loaded if it must be. Caller holds the table's L1 lock. Returned pinned.

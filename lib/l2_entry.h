@@ -49,6 +49,7 @@ struct Mapping {
     bool has_host() const {
         return kind == Kind::data || kind == Kind::zero_allocated || kind == Kind::mixed_allocated;
     }
+    bool is_mixed() const { return kind == Kind::mixed || kind == Kind::mixed_allocated; }
     bool writable_in_place() const { return kind == Kind::data && copied; }
     bool is_zero() const { return kind == Kind::zero || kind == Kind::zero_allocated; }
     friend bool operator==(const Mapping &, const Mapping &) = default;

@@ -44,6 +44,16 @@ void check_l1(const File &file, const Geometry &geometry, const std::vector<std:
     }
 }
 
+/// The first words of the entries of an L2 table, at most `most` of them.
+std::vector<std::uint64_t> read_entries(File &file, HostOffset table, const Geometry &geometry, std::uint64_t most) {
+    const std::uint64_t step = geometry.entry_words(), count = std::min(geometry.l2_entries(), most);
+    auto words = read_words(file, table, count * step);
+    for (std::uint64_t i = 0; i < count; ++i)
+        words[i] = big_endian(words[i * step]);
+    words.resize(count);
+    return words;
+}
+
 void refuse_compression(File &file, const Geometry &geometry, const std::vector<std::uint64_t> &l1) {
     std::vector<HostOffset> tables;
     for (const std::uint64_t raw : l1)
@@ -52,8 +62,8 @@ void refuse_compression(File &file, const Geometry &geometry, const std::vector<
     // Spread over the disk: reading every table would make opening grow with the image.
     const std::size_t step = std::max<std::size_t>(divide_up(tables.size(), compression_probe_tables), 1);
     for (std::size_t i = 0; i < tables.size(); i += step)
-        for (const std::uint64_t word : read_words(file, tables[i], std::min<std::uint64_t>(geometry.l2_entries(), 8192)))
-            if (big_endian(word) & entry::compressed)
+        for (const std::uint64_t word : read_entries(file, tables[i], geometry, 8192))
+            if (word & entry::compressed)
                 throw Error(Error::Kind::unsupported, ENOTSUP,
                             fmt::format("'{}' uses compressed clusters, which is not supported yet", file.name()));
 }
@@ -89,8 +99,7 @@ void refuse_truncated(File &file, const Geometry &geometry, const std::vector<st
         const HostOffset table = entry::table(big_endian(l1[i]));
         if (table.value == 0)
             continue;
-        for (const std::uint64_t raw : read_words(file, table, geometry.l2_entries())) {
-            const std::uint64_t word = big_endian(raw);
+        for (const std::uint64_t word : read_entries(file, table, geometry, geometry.l2_entries())) {
             if (!(word & entry::compressed) && (word & entry::offset_mask) >= length)
                 throw_bad_image("'{}' is truncated: it refers to data at {:#x}, but ends at {} bytes; restore it from "
                                 "a backup",

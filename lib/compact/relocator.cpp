@@ -2,6 +2,7 @@
 // Copyright (c) 2026, the qlean authors
 #include "relocator.h"
 
+#include "../subcluster_change.h"
 #include "zero_bytes.h"
 
 namespace qlean {
@@ -32,6 +33,16 @@ void write_cluster(File &file, std::span<const std::byte> bytes, HostOffset at, 
     }
 }
 
+/// What of a cluster is in its host cluster.
+std::vector<subclusters::Piece> pieces_with_data(const Geometry &g, const Mapping &mapping) {
+    std::vector<subclusters::Piece> pieces;
+    subclusters::each_piece(g, mapping, 0, g.cluster_size(), [&](const Mapping &m, std::uint64_t at, std::uint64_t n) {
+        if (m.kind == Mapping::Kind::data)
+            pieces.push_back({at, n});
+    });
+    return pieces;
+}
+
 } // namespace
 
 Moved relocate(State &state, GuestCluster c, HostCluster source, const Allocator::Extent &destination, bool *used) {
@@ -53,15 +64,27 @@ Moved relocate(State &state, GuestCluster c, HostCluster source, const Allocator
             state.mapper.resolve(c, std::span(&m, 1));
             if (!m.has_host() || m.host != source)
                 return Moved::gone;
-            const bool copy = m.kind == Mapping::Kind::data;
-            // Once warmed it is in memory, even where the host cannot promise that (RWF_NOWAIT on tmpfs).
-            if (copy && warmed)
-                state.data.read(bytes, from);
-            if (!copy || warmed || state.data.read_cached(bytes, from)) {
-                if (copy)
-                    write_cluster(state.data, bytes, to, destination.zero && state.data.holes_are_zeroes());
+            const auto pieces = pieces_with_data(g, m);
+            const bool copy = !pieces.empty();
+            bool in_memory = true;
+            for (const auto &[within, length] : pieces) {
+                const auto piece = std::span(bytes).subspan(within, length);
+                // Once warmed it is in memory, even where the host cannot promise that (RWF_NOWAIT on tmpfs).
+                if (warmed)
+                    state.data.read(piece, from + within);
+                else
+                    in_memory = in_memory && state.data.read_cached(piece, from + within);
+            }
+            if (in_memory) {
+                for (const auto &[within, length] : pieces)
+                    write_cluster(state.data, std::span(bytes).subspan(within, length), to + within,
+                                  destination.zero && state.data.holes_are_zeroes());
+                if (copy && m.is_mixed() && !destination.zero)
+                    subclusters::punch_all_but(state, destination.run.first, subclusters::bitmap_of(m).data());
                 Mapper::Editor editor(state.mapper, c, 1);
-                if (copy)
+                if (m.is_mixed())
+                    editor.set_words(c, {copy ? entry::data(to) : 0, m.bits});
+                else if (copy)
                     editor.set_data(c, destination.run.first);
                 else
                     editor.set_zero(c);

@@ -2,6 +2,7 @@
 // Copyright (c) 2026, the qlean authors
 #include "zero_scan.h"
 
+#include "../subcluster_change.h"
 #include "zero_bytes.h"
 
 namespace qlean {
@@ -96,6 +97,8 @@ void ZeroScan::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) 
 
 void ZeroScan::look_at(GuestCluster c, HostCluster host) {
     const Geometry &g = state_.geometry;
+    if (g.has_subclusters())
+        return look_at_subclusters(c, host);
     const HostOffset from = g.offset_of(host);
     std::vector<std::byte> bytes(g.cluster_size());
     // Unlocked: a first look, which also brings the cluster into memory. A hole in the file needs no reading.
@@ -131,6 +134,62 @@ void ZeroScan::look_at(GuestCluster c, HostCluster host) {
     }
     state_.allocator.retire({{host, 1}});
     gauges_.zero_freed_bytes += g.cluster_size();
+    changed_ = true;
+}
+
+/// Of the subclusters with data, those that hold nothing but zeroes.
+subclusters::Set ZeroScan::zero_subclusters(GuestCluster c, const Mapping &mapping) {
+    const subclusters::Grid grid(state_.geometry);
+    subclusters::Set found = 0;
+    std::vector<std::byte> bytes;
+    grid.each_run(subclusters::bitmap_of(mapping).data(), [&](std::uint64_t begin, std::uint64_t length) {
+        bytes.resize(length);
+        state_.contents.read(c, mapping, begin, bytes);
+        gauges_.zero_read_bytes += length;
+        for (std::uint64_t at = 0; at < length; at += grid.size())
+            if (all_zero(std::span(bytes).subspan(at, grid.size())))
+                found |= grid.touched(begin + at, 1);
+    });
+    return found;
+}
+
+void ZeroScan::look_at_subclusters(GuestCluster c, HostCluster host) {
+    using namespace subclusters;
+    const Geometry &g = state_.geometry;
+    const auto nothing_to_do = [&](const Mapping &m) {
+        return bitmap_of(m).data() != 0 && zero_subclusters(c, m) == 0;
+    };
+    Mapping m;
+    state_.mapper.resolve(c, std::span(&m, 1));
+    if (!m.has_host() || m.host != host)
+        return;
+    // Unlocked: a first look, which also brings the cluster into memory.
+    if (nothing_to_do(m))
+        return set_known(c);
+    const RangeLock::Exclusive guard(state_.ranges, g.offset_of(c), 1, std::try_to_lock);
+    if (!guard.owns())
+        return; // the guest is at it: look again later
+    state_.mapper.resolve(c, std::span(&m, 1));
+    if (!m.has_host() || m.host != host)
+        return;
+    const Set gone = zero_subclusters(c, m);
+    if (gone == 0 && bitmap_of(m).data() != 0)
+        return set_known(c);
+    const Bitmap after = bitmap_of(m).with(gone, state_.contents.ends_below(c) ? Kind::unallocated : Kind::zero);
+    std::vector<HostRun> freed;
+    bool has_host;
+    {
+        Mapper::Editor editor(state_.mapper, c, 1);
+        has_host = set_subclusters(state_, editor, c, m, after, false, freed);
+    }
+    state_.allocator.retire(freed);
+    if (has_host) {
+        set_known(c);
+        if (m.copied)
+            punch_all_but(state_, host, after.data());
+    }
+    const Grid grid(g);
+    gauges_.zero_freed_bytes += has_host ? grid.bytes(static_cast<unsigned>(std::popcount(gone))) : g.cluster_size();
     changed_ = true;
 }
 

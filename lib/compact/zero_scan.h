@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) 2026, the qlean authors
 //
-// Finds allocated clusters that hold nothing but zeroes and gives them back. The plan is every allocated cluster not
+// Finds allocated clusters that hold nothing but zeroes and gives them back; so with subclusters, where there are such. The plan is every allocated cluster not
 // yet known to hold something; a pass over it leaves it empty. Moves nothing, so it needs no ownership.
 #pragma once
 
 #include "maintenance.h"
+#include "../subclusters.h"
 #include "survey.h"
 
 namespace qlean {
@@ -25,6 +26,8 @@ class ZeroScan final : public Maintenance {
     bool wanted(GuestCluster c, const Mapping &mapping) const;
     void set_known(GuestCluster c);
     void look_at(GuestCluster c, HostCluster host);
+    void look_at_subclusters(GuestCluster c, HostCluster host);
+    subclusters::Set zero_subclusters(GuestCluster c, const Mapping &mapping);
 
     Image &image_;
     State &state_;

@@ -12,6 +12,7 @@ namespace qlean::fault {
 namespace {
 
 constexpr std::uint64_t copied = std::uint64_t{1} << 63;
+constexpr std::uint64_t all_subclusters = 0xffffffff;
 
 struct BitmapPlaces {
     std::uint64_t directory = 0, words = 0, enabled = 0, disabled = 0;
@@ -62,19 +63,22 @@ std::uint64_t BuiltImage::refcount_at(std::uint64_t cluster, unsigned cluster_bi
     return refcount_blocks.at(cluster / per_block) + cluster % per_block * 2;
 }
 std::uint64_t BuiltImage::l2_entry_at(std::uint64_t guest_cluster, unsigned cluster_bits) const {
-    const std::uint64_t per_table = (std::uint64_t{1} << cluster_bits) / 8;
-    return l2_tables.at(guest_cluster / per_table) + guest_cluster % per_table * 8;
+    const std::uint64_t per_table = (std::uint64_t{1} << cluster_bits) / entry_size;
+    return l2_tables.at(guest_cluster / per_table) + guest_cluster % per_table * entry_size;
 }
 
 BuiltImage build_image(const ImagePlan &plan) {
-    const std::uint64_t cluster = std::uint64_t{1} << plan.cluster_bits, per_table = cluster / 8;
     BuiltImage built;
+    built.entry_size = plan.extended ? 16 : 8;
+    const std::uint64_t cluster = std::uint64_t{1} << plan.cluster_bits, per_table = cluster / built.entry_size;
     std::set<std::uint64_t> used{0}, tables;
     for (const auto &[guest, host] : plan.data) {
         used.insert(host);
         tables.insert(guest / per_table);
     }
     for (const std::uint64_t guest : plan.zero)
+        tables.insert(guest / per_table);
+    for (const auto &[guest, bitmap] : plan.subclusters)
         tables.insert(guest / per_table);
     for (const std::uint64_t host : plan.leaked)
         used.insert(host);
@@ -123,6 +127,8 @@ BuiltImage build_image(const ImagePlan &plan) {
     header.refcount_table_offset = {built.refcount_table};
     header.refcount_table_clusters = static_cast<std::uint32_t>(plan.table_clusters);
     header.autoclear = plan.autoclear;
+    if (plan.extended)
+        header.incompatible |= Header::incompatible_extended_l2;
     if (plan.unknown_extension != 0)
         header.extensions.push_back({plan.unknown_extension, Bytes(16, std::byte{0x5a})});
     if (plan.bitmaps)
@@ -132,14 +138,22 @@ BuiltImage build_image(const ImagePlan &plan) {
     for (const auto &[i, at] : built.l2_tables)
         store_be<std::uint64_t>(out, built.l1 + i * 8, at | copied);
     for (const auto &[guest, host] : plan.data) {
-        built.set_word(built.l2_entry_at(guest, plan.cluster_bits), host * cluster | copied);
+        const std::uint64_t entry = built.l2_entry_at(guest, plan.cluster_bits);
+        built.set_word(entry, host * cluster | copied);
+        if (plan.extended)
+            built.set_word(entry + 8, all_subclusters);
         for (std::uint64_t i = 0; i < cluster; ++i)
             built.bytes[host * cluster + i] = filled(guest * cluster + i);
     }
     for (const std::uint64_t guest : plan.zero) {
         const std::uint64_t at = built.l2_entry_at(guest, plan.cluster_bits);
-        built.set_word(at, built.word(at) | 1);
+        if (plan.extended)
+            built.set_word(at + 8, all_subclusters << 32);
+        else
+            built.set_word(at, built.word(at) | 1);
     }
+    for (const auto &[guest, bitmap] : plan.subclusters)
+        built.set_word(built.l2_entry_at(guest, plan.cluster_bits) + 8, bitmap);
     for (std::size_t i = 0; i < built.refcount_blocks.size(); ++i)
         built.set_word(built.refcount_table + i * 8, built.refcount_blocks[i]);
     for (const std::uint64_t c : used)
@@ -147,13 +161,14 @@ BuiltImage build_image(const ImagePlan &plan) {
     return built;
 }
 
-Bytes empty_image(std::uint64_t virtual_size, std::uint64_t cluster_size, unsigned version) {
+Bytes empty_image(std::uint64_t virtual_size, std::uint64_t cluster_size, unsigned version, bool extended) {
     const auto disk = std::make_shared<FaultyDisk>();
     FaultyFile file(disk);
     CreateOptions options;
     options.virtual_size = virtual_size;
     options.cluster_size = cluster_size;
     options.version = version;
+    options.extended_l2 = extended;
     create_image(file, options);
     return disk->bytes();
 }

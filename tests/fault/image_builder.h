@@ -20,6 +20,10 @@ struct ImagePlan {
     std::map<std::uint64_t, std::uint64_t> data;
     /// Guest clusters with the zero flag: without a host cluster, or (if also in `data`) keeping it.
     std::vector<std::uint64_t> zero;
+    /// Extended L2 entries. Guest clusters in `subclusters` have those, others in `data`
+    /// all of them; the host cluster is filled whole either way.
+    bool extended = false;
+    std::map<std::uint64_t, std::uint64_t> subclusters;
     /// L2 tables, L1 table, refcount table and refcount blocks, in that order, from this host cluster on; 0: after the
     /// data.
     std::uint64_t metadata_at = 0;
@@ -42,6 +46,7 @@ struct BuiltImage {
     std::map<std::uint64_t, std::uint64_t> l2_tables; ///< L1 index -> host offset
     std::uint64_t l1 = 0, refcount_table = 0;         ///< host offsets
     std::vector<std::uint64_t> refcount_blocks;
+    std::uint64_t entry_size = 8; ///< bytes of an L2 entry
 
     std::uint64_t word(std::uint64_t at) const;
     void set_word(std::uint64_t at, std::uint64_t value);
@@ -55,7 +60,7 @@ BuiltImage build_image(const ImagePlan &plan);
 std::byte filled(std::uint64_t at);
 
 /// An empty image, as create_image makes it.
-Bytes empty_image(std::uint64_t virtual_size, std::uint64_t cluster_size, unsigned version = 3);
+Bytes empty_image(std::uint64_t virtual_size, std::uint64_t cluster_size, unsigned version = 3, bool extended = false);
 
 std::unique_ptr<Image> open_image(const std::shared_ptr<FaultyDisk> &disk, bool read_only = false,
                                   std::uint64_t cache_bytes = 64 * 1024);

@@ -42,12 +42,18 @@ class Judge {
             return disk;
         disk.resize(round_up(virtual_size_, cluster_));
         for (std::uint64_t c = 0; c * cluster_ < virtual_size_; ++c) {
-            const std::uint64_t table = be64(l1_at_ + c / (cluster_ / 8) * 8) & offset_mask;
-            const std::uint64_t word = table == 0 ? 0 : be64(table + c % (cluster_ / 8) * 8);
+            const std::uint64_t table = be64(l1_at_ + c / entries_ * 8) & offset_mask;
+            const std::uint64_t entry = table + c % entries_ * entry_size_;
+            const std::uint64_t word = table == 0 ? 0 : be64(entry);
             const std::uint64_t at = word & offset_mask;
-            if (at == 0 || word & 1 || at >= image_.size())
+            if (at == 0 || at >= image_.size() || (!extended_ && word & 1))
                 continue;
-            std::memcpy(disk.data() + c * cluster_, image_.data() + at, std::min(cluster_, image_.size() - at));
+            // Without subclusters the cluster is one of its own.
+            const std::uint64_t bitmap = extended_ ? be64(entry + 8) : 1, size = extended_ ? cluster_ / 32 : cluster_;
+            for (std::uint64_t sub = 0; sub < cluster_ / size; ++sub)
+                if (const std::uint64_t from = at + sub * size; bitmap >> sub & 1 && from < image_.size())
+                    std::memcpy(disk.data() + c * cluster_ + sub * size, image_.data() + from,
+                                std::min(size, image_.size() - from));
         }
         disk.resize(virtual_size_);
         return disk;
@@ -135,9 +141,12 @@ class Judge {
         order_ = version_ == 3 ? load_be<std::uint32_t>(image_, 96) : 4;
         if (version_ == 3 && load_be<std::uint64_t>(image_, 72) & 3)
             blame("the image is marked dirty or corrupt");
+        extended_ = version_ == 3 && load_be<std::uint64_t>(image_, 72) & 16;
+        entry_size_ = extended_ ? 16 : 8;
+        entries_ = cluster_ / entry_size_;
         if (l1_at_ % cluster_ || table_at_ % cluster_ || l1_at_ + l1_size_ * 8 > image_.size() ||
             table_at_ + table_clusters_ * cluster_ > round_up(image_.size(), cluster_) ||
-            l1_size_ < divide_up(divide_up(virtual_size_, cluster_), cluster_ / 8)) {
+            l1_size_ < divide_up(divide_up(virtual_size_, cluster_), entries_)) {
             blame("the L1 table or the refcount table lies outside the file");
             return false;
         }
@@ -198,13 +207,17 @@ class Judge {
                 continue;
             refer(table, cluster_, fmt::format("L2 table {}", i));
             require_copied(l1, table, fmt::format("L1 entry {}", i));
-            for (std::uint64_t n = 0; n < cluster_ / 8; ++n) {
-                const std::uint64_t word = be64(table + n * 8), at = word & offset_mask;
-                const std::uint64_t guest = (i * (cluster_ / 8) + n) * cluster_;
-                if (word & compressed || word & ~(copied | offset_mask | 1) || (word & 1 && version_ < 3)) {
+            for (std::uint64_t n = 0; n < entries_; ++n) {
+                const std::uint64_t word = be64(table + n * entry_size_), at = word & offset_mask;
+                const std::uint64_t guest = (i * entries_ + n) * cluster_;
+                if (word & compressed || word & ~(copied | offset_mask | 1) ||
+                    (word & 1 && (version_ < 3 || extended_))) {
                     blame("the L2 entry of guest offset {:#x} is {:#x}", guest, word);
                     continue;
                 }
+                const std::uint64_t bitmap = extended_ ? be64(table + n * entry_size_ + 8) : 0;
+                if (bitmap >> 32 & bitmap || (at == 0 && bitmap & 0xffffffff))
+                    blame("the subclusters of guest offset {:#x} are {:#x}, with host offset {:#x}", guest, bitmap, at);
                 if (at == 0)
                     continue;
                 refer(at, cluster_, fmt::format("guest offset {:#x}", guest));
@@ -226,7 +239,9 @@ class Judge {
     Verdict verdict_;
     std::uint64_t cluster_ = 0, virtual_size_ = 0, l1_size_ = 0, l1_at_ = 0, table_at_ = 0, table_clusters_ = 0;
     std::uint64_t directory_ = 0, directory_bytes_ = 0;
+    std::uint64_t entry_size_ = 8, entries_ = 0; ///< of an L2 table
     unsigned version_ = 0, order_ = 0;
+    bool extended_ = false;
     std::vector<std::uint64_t> references_, counts_;
 };
 

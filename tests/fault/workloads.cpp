@@ -76,6 +76,31 @@ void compaction(Run &run) {
     run.attempt([&] { run.guest->flush(); });
 }
 
+/// Subclusters of every kind, in host clusters that are full of bytes which must not show.
+Bytes scattered_subclusters(std::uint64_t seed) {
+    ImagePlan plan = scattered(14, 512 * 1024, 2, seed);
+    plan.extended = true;
+    std::mt19937_64 random(seed + 1);
+    for (std::uint64_t c = 0; c < plan.guest_clusters(); ++c)
+        if (random() % 4 != 0) {
+            const std::uint64_t zero = random() & random() & 0xffffffff;
+            plan.subclusters[c] = zero << 32 | (plan.data.contains(c) ? random() & ~zero & 0xffffffff : 0);
+        }
+    return build_image(plan).bytes;
+}
+void subclusters(Run &run) {
+    RecordedGuest::Mix mix{45, 25, 20, 10};
+    mix.most = 3000; // a subcluster has 512 bytes
+    for (int i = 0; i < 40; ++i)
+        run.step(mix);
+    run.attempt([&] { compact_all(*run.image, [&] { run.step(mix); }); });
+    mix.most = 40000;
+    for (int i = 0; i < 20; ++i)
+        run.step(mix);
+    run.attempt([&] { zero_scan_all(*run.image, [&] { run.step(mix); }); });
+    run.attempt([&] { run.guest->flush(); });
+}
+
 /// Metadata at the end of the file, most of the disk unused: L1, refcount table, blocks and L2 tables all move. The L1
 /// table is several clusters long.
 Bytes metadata_at_the_end(std::uint64_t seed) {
@@ -245,6 +270,7 @@ const std::vector<Workload> &workloads() {
         {"moves of metadata", 4, true, metadata_at_the_end, metadata_moves},
         {"zero scan beside a guest", 3, true, empty_small, zeroes},
         {"threads racing", 4, false, scattered_small, racing},
+        {"subclusters", 3, true, scattered_subclusters, subclusters},
         {"clean shutdown", 2, true, empty_small, shutdown},
         {"bitmaps", 4, true, with_bitmaps, bitmaps},
     };

@@ -18,8 +18,6 @@ refused() {
     echo "  $1: $(sed 's/^nbdkit: error: //' "$W/err.txt")"
 }
 
-create -o extended_l2=on "$W/extended.qcow2" 16M
-refused extended 'extended L2|subcluster'
 create -o compression_type=zstd "$W/zstd.qcow2" 16M
 refused zstd 'zstd|compression'
 create -o data_file="$W/data.raw" "$W/external.qcow2" 16M

@@ -2,18 +2,18 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) 2026, the qlean authors
 #
-# workloads.sh stress|killed CLUSTER_SIZE DISK_SIZE COUNT: COUNT random workloads, each judged by qemu-img check: after
-# a clean end nothing may be wrong, after a kill nothing but leaks (exit status 3), which the next compaction frees.
-# The seed of a workload that fails is printed; SEED=N repeats it.
+# workloads.sh stress|killed CLUSTER_SIZE DISK_SIZE COUNT [OPTIONS]: COUNT random workloads on images that qemu-img
+# makes with these options, each judged by qemu-img check: after a clean end nothing may be wrong, after a kill nothing
+# but leaks (exit status 3), which the next compaction frees. The seed of a workload that fails is printed; SEED=N repeats it.
 set -eu
-program=$1 cluster=$2 size=$3 count=$4
+program=$1 cluster=$2 size=$3 count=$4 options=cluster_size=$2${5:+,$5}
 build=${QLEAN_BUILD:?}
 work=$(mktemp -d "${TMPDIR:-/tmp}/qlean-stress.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 image=$work/disk.qcow2
 for _ in $(seq "$count"); do
     seed=${SEED:-$((RANDOM * 32768 + RANDOM))}
-    qemu-img create -q -f qcow2 -o cluster_size="$cluster" "$image" "$size"
+    qemu-img create -q -f qcow2 -o "$options" "$image" "$size"
     case $program in
     stress)
         "$build/tests/stress/stress" "$image" "$seed" 1.5 4

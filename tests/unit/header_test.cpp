@@ -159,13 +159,19 @@ TEST_CASE("What is no image, or a damaged one, is refused with a sentence") {
     require_refused(backing, "backing file name");
 }
 
+TEST_CASE("Extended L2 entries halve what a table holds, and need large clusters") {
+    Header extended = sample();
+    extended.incompatible = Header::incompatible_extended_l2;
+    require_refused(encoded(extended), "needs 4");
+    extended.l1_size = 4;
+    CHECK(refusal(encoded(extended)).empty());
+    extended.cluster_bits = 13;
+    require_refused(encoded(extended), "extended L2 entries need clusters of 16384 bytes");
+}
+
 TEST_CASE("What is not supported is refused by name") {
     CHECK(refusal(with(72, std::uint64_t{3})) == ""); // dirty and corrupt: marks, not features
     require_refused(with(72, std::uint64_t{4}), "external data file");
-    Header extended = sample();
-    extended.incompatible = Header::incompatible_extended_l2;
-    extended.l1_size = 4; // half as many entries fit into a table
-    require_refused(encoded(extended), "extended L2");
     require_refused(with(72, std::uint64_t{32}), "feature bit 5");
     require_refused(with(72, std::uint64_t{1} << 63), "feature bit 63");
     require_refused(with(32, u32(1)), "AES");
