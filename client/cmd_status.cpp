@@ -48,6 +48,10 @@ void print_page(const Target &target, const StatusPage &page) {
     const Measures measures = page.measures();
     const std::string file = page.text({"image", "file"});
     line("image", file.empty() ? target.name() : file);
+    if (const std::string below = page.text({"image", "backing", "file"}); !below.empty()) {
+        const auto depth = page.number({"image", "backing", "depth"}).value_or(1);
+        line("backing file", depth > 1 ? fmt::format("{} ({} deep)", below, depth) : below);
+    }
     line("virtual size", show_bytes(page.number({"image", "virtual_size"})));
     line("cluster size", fmt::format("{} KiB", static_cast<double>(page.cluster_size()) / 1024));
     line("file length", show_bytes(measures.length));

@@ -31,6 +31,8 @@ class RawDisk final : public Backing {
         : file_(std::move(file)), offset_(offset), size_(size) {}
 
     std::uint64_t size() const override { return size_; }
+    const std::string &name() const override { return file_->name(); }
+    unsigned depth() const override { return 1; }
 
     void read(std::span<std::byte> into, GuestOffset at) override {
         const auto there = bytes_before(at, into.size(), size_);
@@ -82,6 +84,11 @@ class ImageBelow final : public Backing {
     explicit ImageBelow(std::unique_ptr<Image> image) : image_(std::move(image)) {}
 
     std::uint64_t size() const override { return image_->size(); }
+    const std::string &name() const override { return image_->state().file.name(); }
+    unsigned depth() const override {
+        const Backing *below = image_->state().contents.below();
+        return 1 + (below == nullptr ? 0 : below->depth());
+    }
 
     void read(std::span<std::byte> into, GuestOffset at) override {
         const auto there = bytes_before(at, into.size(), size());

@@ -34,6 +34,9 @@ class Backing {
     };
     /// What the range consists of, from `at` on: all of it, or its beginning in `most` extents. `length` > 0.
     virtual std::vector<Extent> extents(GuestOffset at, std::uint64_t length, std::size_t most) = 0;
+    /// The file, for messages; and how many there are from this one down.
+    virtual const std::string &name() const = 0;
+    virtual unsigned depth() const = 0;
     /// Asks the host to read the range ahead.
     virtual void prefetch(GuestOffset at, std::uint64_t length) = 0;
 };

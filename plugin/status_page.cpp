@@ -65,6 +65,8 @@ std::string make_status_page(Server &server) {
                      {"qcow2_version", state.header.header().version},
                      {"virtual_size", g.virtual_size()},
                      {"cluster_size", g.cluster_size()}};
+    if (const Backing *below = state.contents.below())
+        page["image"]["backing"] = {{"file", below->name()}, {"size", below->size()}, {"depth", below->depth()}};
     page["file"] = {{"length", state.file.length()}, {"allocated", state.file.allocated()}};
     {
         const Measured &m = measured();

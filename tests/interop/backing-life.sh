@@ -42,6 +42,9 @@ for version in 0.10 1.1; do
     qemu-img rebase -b base.qcow2 -F qcow2 two.qcow2
     same two.qcow2
     cmp before model || fail "qemu-img rebase sees another disk"
+    start_server "$W/one.qcow2"
+    "$QLEAN" status "$SOCK" | grep -qx "backing file  *$W/base.qcow2" || fail "qlean status does not say what lies below"
+    stop_server
     play two.qcow2
     create -o compat=$version -b two.qcow2 -F qcow2 three.qcow2
     play three.qcow2
