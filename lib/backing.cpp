@@ -3,6 +3,7 @@
 #include "backing.h"
 
 #include "backing_name.h"
+#include "data_file.h"
 #include "error.h"
 #include "format_probe.h"
 #include "header.h"
@@ -188,6 +189,9 @@ std::unique_ptr<Backing> open_backing(const Header &header, const File &file, co
         // The one below it gets half of this, and so on.
         options.cache_bytes = std::max(cache_bytes, min_cache_bytes);
         options.above = &link;
+        options.open_data = [&posix = *below](const Header &header) {
+            return open_data_file(header, posix, {}, PosixFile::Access::read_only);
+        };
         return std::make_unique<ImageBelow>(Image::open(std::move(below), options));
     } catch (const Error &error) {
         if (above != nullptr)

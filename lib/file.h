@@ -60,6 +60,8 @@ class File {
     /// Which file this is, where it is one of the host.
     virtual std::optional<FileIdentity> identity() const { return std::nullopt; }
 
+    /// As punch, as a hint: what cannot be given back stays as it is.
+    void punch_if_possible(HostOffset at, std::uint64_t length);
     /// Writes zeroes the slow way.
     void write_zeroes(HostOffset at, std::uint64_t length);
 };

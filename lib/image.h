@@ -32,6 +32,10 @@ class Image {
         /// What to repair before the image is served for writing. Nothing here: what QEMU does, a dirty image is
         /// repaired.
         std::optional<Repair> repair;
+        /// The external data file, if the image has one; empty: as the image says.
+        std::string data_file;
+        /// Gives the data file, for an image that is not opened by its path.
+        std::function<std::unique_ptr<File>(const Header &)> open_data;
     };
 
     /// Opens, locks (as QEMU does) and judges the image at `path`. Nothing of it is changed, unless it is repaired.
@@ -89,6 +93,12 @@ class Image {
 
     enum class Outcome { done, commit_first };
     void with_room(const std::function<Outcome(Allocator::Growth)> &change);
+    /// Where a cluster goes, and whether what surrounds the guest's bytes there reads as zeroes already.
+    struct Place {
+        HostCluster host;
+        bool zero;
+    };
+    Place place_in_data_file(GuestCluster c);
     Outcome write_chunk(std::span<const std::byte> from, GuestOffset at, Allocator::Growth growth);
     bool write_in_place(std::span<const std::byte> from, GuestOffset at);
     /// A trim is a hint, and leaves what it cannot give back; zeroing is a promise, and fails.
@@ -99,6 +109,7 @@ class Image {
     void zero_keeping_space(GuestOffset at, std::uint64_t length, bool fast);
     void trim_edge(GuestOffset at, std::uint64_t length);
     void zero_edge(GuestOffset at, std::uint64_t length, Zero how, bool fast);
+    void zero_raw(GuestOffset at, std::uint64_t length, Zero how, bool fast);
     void zero_host(HostOffset at, std::uint64_t length, Zero how, bool fast);
 
     // Images with extended L2 entries: image_subclusters.cpp.

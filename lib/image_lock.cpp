@@ -8,8 +8,8 @@
 
 #include "error.h"
 
-#include <array>
 #include <fcntl.h>
+#include <initializer_list>
 #include <unistd.h>
 
 namespace qlean {
@@ -50,22 +50,29 @@ void require_free(const PosixFile &file, off_t at) {
         throw_busy(file);
 }
 
+void lock(const PosixFile &file, std::initializer_list<off_t> shared, std::initializer_list<off_t> free) {
+    for (const off_t at : shared)
+        share(file, at);
+    for (const off_t at : free)
+        require_free(file, at);
+}
+
 } // namespace
 
+// On a throw the descriptor, and with it every lock taken here, is closed by the caller.
+
 void lock_image(const PosixFile &file, PosixFile::Access access) {
-    const bool writes = access == PosixFile::Access::read_write;
-    // On a throw the descriptor, and with it every lock taken here, is closed by the caller.
-    if (writes) {
-        for (const off_t at : {100, 101, 103, 201, 203})
-            share(file, at);
-        for (const off_t at : {200, 201, 203, 101, 103})
-            require_free(file, at);
-    } else {
-        for (const off_t at : {100, 201, 203})
-            share(file, at);
-        for (const off_t at : {200, 101, 103})
-            require_free(file, at);
-    }
+    if (access == PosixFile::Access::read_write)
+        lock(file, {100, 101, 103, 201, 203}, {200, 201, 203, 101, 103});
+    else
+        lock(file, {100, 201, 203}, {200, 101, 103});
+}
+
+void lock_data_file(const PosixFile &file, PosixFile::Access access) {
+    if (access == PosixFile::Access::read_write)
+        lock(file, {100, 101, 103, 203}, {200, 201, 203, 103});
+    else
+        lock(file, {100, 203}, {200, 103});
 }
 
 } // namespace qlean

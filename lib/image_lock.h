@@ -13,4 +13,7 @@ namespace qlean {
 /// somebody else uses the image in a way that conflicts, Error (io) if the file system has no such locks.
 void lock_image(const PosixFile &file, PosixFile::Access access);
 
+/// The same for a file that holds an image's data: QEMU lets others write there too, if they say that they share it.
+void lock_data_file(const PosixFile &file, PosixFile::Access access);
+
 } // namespace qlean

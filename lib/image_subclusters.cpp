@@ -60,9 +60,10 @@ Image::Outcome Image::write_subclusters(std::span<const std::byte> from, GuestOf
     const RangeLock::Exclusive guard(state_.ranges, at, from.size());
     state_.mapper.resolve(first, mappings);
 
+    const bool external = state_.mapper.format().external_data;
     std::uint64_t wanted = 0;
     for (const Mapping &m : mappings)
-        wanted += !owned(m);
+        wanted += !external && !owned(m);
     if (!state_.mapper.ensure_table(first, growth))
         return Outcome::commit_first;
     Allocator::Reservation reserved;
@@ -78,6 +79,11 @@ Image::Outcome Image::write_subclusters(std::span<const std::byte> from, GuestOf
     for (const Mapping &m : mappings) {
         if (owned(m)) {
             places.push_back({m.host, false, false, bitmap_of(m)});
+            continue;
+        }
+        if (external) {
+            const Place place = place_in_data_file(first + places.size());
+            places.push_back({place.host, true, place.zero, bitmap_of(m)});
             continue;
         }
         places.push_back({extent->run.first + used, true, extent->zero, bitmap_of(m)});
@@ -271,6 +277,8 @@ Image::Outcome Image::give_up_subclusters(GuestCluster c, const Mapping &m, Set 
         has_host = set_subclusters(state_, editor, c, m, after, keep_host, freed);
     }
     state_.allocator.retire(freed);
+    if (!has_host && state_.mapper.is_external(m))
+        punch_quietly(state_, g.offset_of(m.host), g.cluster_size());
     if (has_host && m.copied && trimmed.length != 0) {
         const Piece piece = returnable(Grid(g), after.data(), trimmed.within, trimmed.length, host_block);
         if (piece.length != 0)

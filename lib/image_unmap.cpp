@@ -37,7 +37,8 @@ void Image::split(GuestOffset at, std::uint64_t length, Edge &&edge, Middle &&mi
     for (GuestOffset from = first; from < last;) {
         const GuestOffset table_end = g.offset_of(state_.mapper.table_end(g.cluster_of(from)));
         const GuestOffset chunk_end = from + (unmap_chunk_bytes - from.value % unmap_chunk_bytes);
-        if (!state_.mapper.has_table(g.cluster_of(from)) && state_.contents.ends_below(g.cluster_of(from))) {
+        if (!state_.mapper.has_table(g.cluster_of(from)) && !state_.raw_data &&
+            state_.contents.ends_below(g.cluster_of(from))) {
             // Nothing there; a table that appears meanwhile is a write that comes after this request.
             from = std::min(last, table_end);
             continue;
@@ -70,7 +71,9 @@ void Image::zero(GuestOffset at, std::uint64_t length, Zero how, bool fast) {
         at, length, [&](GuestOffset from, std::uint64_t n) { zero_edge(from, n, how, fast); },
         [&](GuestOffset from, std::uint64_t n) {
             before_change(from, n);
-            if (how == Zero::may_trim)
+            if (state_.raw_data)
+                zero_raw(from, n, how, fast);
+            else if (how == Zero::may_trim)
                 unmap(from, n, Unmap::promise, fast);
             else
                 zero_keeping_space(from, n, fast);
@@ -80,6 +83,10 @@ void Image::zero(GuestOffset at, std::uint64_t length, Zero how, bool fast) {
 /// Whole clusters within one table give up what they hold. Where something lies below it must not show: they become
 /// zero clusters. Version 2 has none: there each keeps its place, and is punched or zeroed within it.
 void Image::unmap(GuestOffset at, std::uint64_t length, Unmap how, bool fast) {
+    if (state_.raw_data) { // the file is the disk: it gives up the bytes, and the entries stay
+        const RangeLock::Exclusive guard(state_.ranges, at, length);
+        return state_.data.punch_if_possible(HostOffset{at.value}, length);
+    }
     try {
         with_room([&](Allocator::Growth growth) { return unmap_chunk(at, length, how, growth); });
     } catch (const Error &error) {
@@ -102,7 +109,7 @@ Image::Outcome Image::unmap_chunk(GuestOffset at, std::uint64_t length, Unmap ho
     const bool has_zeroes = state_.mapper.format().version >= 3;
     const bool needs_table = has_zeroes && !state_.contents.ends_below(first);
     const std::uint64_t count = (g.cluster_of(at + (length - 1)) - first) + 1;
-    std::vector<HostRun> freed;
+    std::vector<HostRun> freed, external;
     const RangeLock::Exclusive guard(state_.ranges, at, length);
     if (!state_.mapper.ensure_table(first, growth, needs_table ? Mapper::Missing::create : Mapper::Missing::leave))
         return Outcome::commit_first;
@@ -127,9 +134,13 @@ Image::Outcome Image::unmap_chunk(GuestOffset at, std::uint64_t length, Unmap ho
             else
                 continue;
             state_.mapper.append_references(freed, m);
+            state_.mapper.append_external(external, m);
         }
     }
     state_.allocator.retire(freed);
+    // Nobody else can be given these bytes, and until the entry's end is durable they may read as zeroes.
+    for (const HostRun &run : external)
+        state_.data.punch_if_possible(g.offset_of(run.first), g.bytes(run.count));
     return Outcome::done;
 }
 
@@ -172,6 +183,12 @@ void Image::zero_keeping_space(GuestOffset at, std::uint64_t length, bool fast) 
         unmap(at, length, Unmap::promise, fast);
 }
 
+/// Where the data file is the disk, zeroes are zeroes there too, whatever the entries say.
+void Image::zero_raw(GuestOffset at, std::uint64_t length, Zero how, bool fast) {
+    const RangeLock::Exclusive guard(state_.ranges, at, length);
+    zero_host(HostOffset{at.value}, length, how, fast);
+}
+
 void Image::zero_host(HostOffset at, std::uint64_t length, Zero how, bool fast) {
     if (how == Zero::may_trim && state_.data.punch(at, length))
         return;
@@ -186,6 +203,8 @@ void Image::zero_host(HostOffset at, std::uint64_t length, Zero how, bool fast) 
 /// Part of one cluster.
 void Image::zero_edge(GuestOffset at, std::uint64_t length, Zero how, bool fast) {
     const Geometry &g = state_.geometry;
+    if (state_.raw_data)
+        return zero_raw(at, length, how, fast);
     if (g.has_subclusters())
         return zero_subclusters(at, length, how, fast);
     {
@@ -209,21 +228,19 @@ void Image::zero_edge(GuestOffset at, std::uint64_t length, Zero how, bool fast)
 
 void Image::trim_edge(GuestOffset at, std::uint64_t length) {
     const Geometry &g = state_.geometry;
-    if (g.has_subclusters())
+    if (g.has_subclusters() && !state_.raw_data)
         return trim_subclusters(at, length);
-    const GuestOffset first{round_up(at.value, host_block)}, last{round_down(at.value + length, host_block)};
+    // The end of the disk completes its last block: whoever counts what was trimmed (the filter) counts it.
+    const GuestOffset end = at + length, first{round_up(at.value, host_block)};
+    const GuestOffset last = end.value == g.virtual_size() ? end : GuestOffset{round_down(end.value, host_block)};
     if (first >= last)
         return;
     const RangeLock::Exclusive guard(state_.ranges, at, length);
     Mapping m;
     state_.mapper.survey(g.cluster_of(at), std::span(&m, 1));
-    if (!m.writable_in_place())
+    if (!m.writable_in_place() && !(state_.raw_data && m.has_host()))
         return;
-    try {
-        state_.data.punch(g.offset_of(m.host) + g.within(first), last - first);
-    } catch (const Error &) {
-        // A trim is a hint: what the host cannot give back stays as it is.
-    }
+    state_.data.punch_if_possible(g.offset_of(m.host) + g.within(first), last - first);
 }
 
 } // namespace qlean

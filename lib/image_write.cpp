@@ -81,6 +81,13 @@ bool Image::write_in_place(std::span<const std::byte> from, GuestOffset at) {
     return true;
 }
 
+/// In a data file a cluster's place is where the guest has it; nobody else writes there while its range is held.
+Image::Place Image::place_in_data_file(GuestCluster c) {
+    const HostCluster host{c.value};
+    const auto data = state_.data.next_data(state_.geometry.offset_of(host));
+    return {host, !data || *data >= state_.geometry.offset_of(host + 1)};
+}
+
 /// Writes within one L2 table, giving clusters to what has none of its own: account, write, then publish.
 Image::Outcome Image::write_chunk(std::span<const std::byte> from, GuestOffset at, Allocator::Growth growth) {
     const Geometry &g = state_.geometry;
@@ -90,9 +97,10 @@ Image::Outcome Image::write_chunk(std::span<const std::byte> from, GuestOffset a
     state_.mapper.resolve(first, mappings);
 
     const auto reusable = [](const Mapping &m) { return m.kind == Mapping::Kind::zero_allocated && m.copied; };
+    const bool external = state_.mapper.format().external_data;
     std::uint64_t wanted = 0;
     for (const Mapping &m : mappings)
-        wanted += !m.writable_in_place() && !reusable(m);
+        wanted += !external && !m.writable_in_place() && !reusable(m);
     if (!state_.mapper.ensure_table(first, growth))
         return Outcome::commit_first;
     Allocator::Reservation reserved;
@@ -102,11 +110,6 @@ Image::Outcome Image::write_chunk(std::span<const std::byte> from, GuestOffset a
             return Outcome::commit_first;
     }
 
-    // Where each cluster goes, and whether what surrounds the guest's bytes there reads as zeroes already.
-    struct Place {
-        HostCluster host;
-        bool zero;
-    };
     const bool fresh_is_zero = state_.data.holes_are_zeroes();
     std::vector<Place> places;
     places.reserve(mappings.size());
@@ -115,6 +118,10 @@ Image::Outcome Image::write_chunk(std::span<const std::byte> from, GuestOffset a
     for (const Mapping &m : mappings) {
         if (m.writable_in_place() || reusable(m)) {
             places.push_back({m.host, false});
+            continue;
+        }
+        if (external) {
+            places.push_back(place_in_data_file(first + places.size()));
             continue;
         }
         places.push_back({extent->run.first + used, extent->zero && fresh_is_zero});

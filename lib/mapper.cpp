@@ -15,9 +15,15 @@ constexpr std::size_t batch = 64;
 
 } // namespace
 
-Mapping Mapper::judged(const L2Words &words) const {
+Mapping Mapper::judged(GuestCluster c, const L2Words &words) const {
     Mapping mapping = entry::decode(words, format_);
-    if (mapping.has_host() && mapping.host.value >= allocator_.end() && !format_.external_data)
+    if (format_.external_data) {
+        if (mapping.has_host() ? mapping.host.value != c.value : mapping.kind == Mapping::Kind::compressed)
+            mapping.kind = Mapping::Kind::damaged;
+        mapping.copied = mapping.has_host();
+        return mapping;
+    }
+    if (mapping.has_host() && mapping.host.value >= allocator_.end())
         mapping.kind = Mapping::Kind::damaged;
     if (mapping.kind == Mapping::Kind::compressed) {
         const auto extent = entry::compressed_extent(mapping.bits, geometry_.cluster_bits());
@@ -52,7 +58,7 @@ void Mapper::resolve(GuestCluster first, std::span<Mapping> out) {
         const auto n = std::min(batch, out.size() - done);
         l2_.read(first + done, std::span(words).first(n));
         for (std::size_t i = 0; i < n; ++i) {
-            out[done + i] = judged(words[i]);
+            out[done + i] = judged(first + done + i, words[i]);
             require_sane(first + done + i, out[done + i]);
         }
         done += n;
@@ -63,7 +69,7 @@ void Mapper::survey(GuestCluster first, std::span<Mapping> out) {
     std::vector<L2Words> words(out.size());
     l2_.read_around(first, words);
     for (std::size_t i = 0; i < words.size(); ++i)
-        out[i] = judged(words[i]);
+        out[i] = judged(first + i, words[i]);
 }
 
 bool Mapper::ensure_table(GuestCluster c, Allocator::Growth growth, Missing missing) {

@@ -41,6 +41,14 @@ class Mapper {
     bool ensure_table(GuestCluster c, Allocator::Growth growth, Missing missing = Missing::create);
     /// The host clusters on which an entry holds a reference, one each.
     void append_references(std::vector<HostRun> &runs, const Mapping &mapping) const;
+    /// The host cluster of an entry, if it is one of the data file: nothing counts it, and it never moves.
+    bool is_external(const Mapping &mapping) const { return format_.external_data && mapping.has_host(); }
+    void append_external(std::vector<HostRun> &runs, const Mapping &mapping) const {
+        if (is_external(mapping))
+            append_run(runs, {mapping.host, 1});
+    }
+    /// The entry's host cluster is one of the image file, and may have to move.
+    bool is_in_image(const Mapping &mapping) const { return mapping.has_host() && !format_.external_data; }
     bool has_table(GuestCluster c) const { return l1_.table(geometry_.l1_index(c)).value != 0; }
     /// One past the last guest cluster that the table of `c` maps.
     GuestCluster table_end(GuestCluster c) const {
@@ -55,7 +63,7 @@ class Mapper {
         bool exists() const { return !pins_.empty(); }
         Mapping get(GuestCluster c) const;
         /// As get, taking an entry that cannot be used as it is instead of throwing.
-        Mapping peek(GuestCluster c) const { return exists() ? mapper_.judged(pin(c).load(c)) : Mapping{}; }
+        Mapping peek(GuestCluster c) const { return exists() ? mapper_.judged(c, pin(c).load(c)) : Mapping{}; }
         L2Words words(GuestCluster c) const { return pin(c).load(c); }
         void set_words(GuestCluster c, const L2Words &words);
         /// The whole cluster is data in `host`, which belongs to this entry alone.
@@ -78,8 +86,8 @@ class Mapper {
     };
 
   private:
-    /// Decoded; damaged if it points beyond the file.
-    Mapping judged(const L2Words &words) const;
+    /// Decoded; damaged if it points beyond the file, or, into a data file, elsewhere than to the guest's offset.
+    Mapping judged(GuestCluster c, const L2Words &words) const;
     void require_sane(GuestCluster c, const Mapping &mapping) const;
 
     Geometry geometry_;

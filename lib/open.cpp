@@ -5,6 +5,7 @@
 // may claim (32 MiB of L1, 8 MiB of refcount table) and does not grow with what is allocated.
 #include "byte_order.h"
 #include "check/check.h"
+#include "data_file.h"
 #include "error.h"
 #include "image.h"
 #include "image_lock.h"
@@ -148,6 +149,7 @@ void judge_marks(const File &file, const Header &header, const Image::Options &o
 std::unique_ptr<Image> Image::open(std::unique_ptr<File> file, const Options &options) {
     auto [header, sector] = read_header(*file);
     header.require_supported(file->name());
+    require_sane_data_file(header, file->name());
     std::optional<CheckReport> repaired;
     if (wants_repair(header, options)) {
         repaired = repair_file(*file, options.repair.value_or(Repair::all));
@@ -172,12 +174,20 @@ std::unique_ptr<Image> Image::open(std::unique_ptr<File> file, const Options &op
         if (counted_end - file_end > max_clusters_beyond_end)
             throw_bad_image("'{}' is damaged or truncated: {} clusters are in use, but it holds only {}", file->name(),
                             counted_end, file_end);
-        refuse_truncated(*file, geometry, l1, length);
+        if (!header.has_data_file())
+            refuse_truncated(*file, geometry, l1, length);
+    }
+    std::unique_ptr<File> data;
+    if (header.has_data_file()) {
+        if (!options.open_data)
+            throw Error(Error::Kind::unsupported, ENOTSUP,
+                        fmt::format("'{}' keeps the guest's data in another file, and was opened without it", file->name()));
+        data = std::make_unique<DataFile>(options.open_data(header), header, file->name());
     }
     const std::uint64_t end = std::max(file_end, counted_end);
     auto backing = open_backing(header, *file, options.above, options.cache_bytes / 2);
     Opened opened{.file = std::move(file),
-                  .data = nullptr,
+                  .data = std::move(data),
                   .backing = std::move(backing),
                   .header = std::move(header),
                   .header_sector = std::move(sector),
@@ -193,18 +203,28 @@ std::unique_ptr<Image> Image::open(const std::string &path, const Options &optio
     const auto access = options.read_only ? PosixFile::Access::read_only : PosixFile::Access::read_write;
     auto file = PosixFile::open(path, access);
     lock_image(*file, access);
+    const bool believed = !file->had_failed_sync();
     if (!options.read_only) {
         // A server that was killed leaves writes that nobody has made durable; everything below relies on what it
         // reads. After a sync that failed, the page cache shows what the device never got.
-        if (file->had_failed_sync()) {
-            file->distrust_page_cache();
-            file->remember_failed_sync(false);
-        } else {
+        if (believed)
             file->sync();
-        }
+        else
+            file->distrust_page_cache();
     }
     PosixFile &posix = *file;
-    auto image = open(std::move(file), options);
+    Options with_data = options;
+    with_data.open_data = [&](const Header &header) {
+        auto data = open_data_file(header, posix, options.data_file, access);
+        if (!options.read_only && believed)
+            data->sync();
+        else if (!options.read_only)
+            data->distrust_page_cache();
+        return data;
+    };
+    auto image = open(std::move(file), with_data);
+    if (!options.read_only && !believed)
+        posix.remember_failed_sync(false);
     image->state().write_back.on_poison([&posix] { posix.remember_failed_sync(true); });
     return image;
 }

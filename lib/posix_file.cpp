@@ -32,6 +32,14 @@ void File::write_zeroes(HostOffset at, std::uint64_t length) {
     }
 }
 
+void File::punch_if_possible(HostOffset at, std::uint64_t length) {
+    try {
+        punch(at, length);
+    } catch (const Error &) {
+        // Nobody relies on it.
+    }
+}
+
 std::unique_ptr<PosixFile> PosixFile::open(const std::string &path, Access access, Devices devices) {
     // What an image names may be anything: opening a pipe must not wait for somebody to write into it.
     const int flags = (access == Access::read_write ? O_RDWR : O_RDONLY) | O_CLOEXEC |

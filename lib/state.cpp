@@ -6,7 +6,8 @@ namespace qlean {
 
 State::State(Opened o)
     : file_owner(std::move(o.file)), data_owner(std::move(o.data)), backing(std::move(o.backing)), file(*file_owner),
-      data(data_owner ? *data_owner : file), geometry(o.header.geometry()), read_only(o.read_only), syncs(file, data),
+      data(data_owner ? *data_owner : file),
+      raw_data(o.header.has_data_file() && (o.header.autoclear & Header::autoclear_data_file_raw)), geometry(o.header.geometry()), read_only(o.read_only), syncs(file, data),
       header(file, o.header, std::move(o.header_sector)), l1(std::move(o.l1_words), o.header.l1_offset),
       l2(geometry, file, syncs, l1, o.cache_bytes),
       refcounts(geometry, file, std::move(o.refcount_table), o.header.refcount_table_offset),
@@ -19,6 +20,8 @@ State::State(Opened o)
       cache_bytes(o.cache_bytes), opened_end(o.end) {
     if (bitmaps)
         write_back.keep_up(Header::autoclear_bitmaps);
+    if (raw_data)
+        write_back.keep_up(Header::autoclear_data_file_raw);
 }
 
 std::vector<HostRun> State::metadata_runs() const {

@@ -43,6 +43,7 @@ struct State {
     const std::unique_ptr<Backing> backing;
     File &file; ///< metadata
     File &data; ///< the guest's data: the same file, unless it has one of its own
+    const bool raw_data; ///< `data` is the guest's disk, byte for byte, and stays so
     const Geometry geometry;
     const bool read_only;
     SyncLog syncs;

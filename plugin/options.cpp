@@ -32,14 +32,20 @@ std::vector<std::string> command_line() {
     return arguments;
 }
 
+std::string absolute_path(const std::string &key, const std::string &value) {
+    const std::unique_ptr<char, decltype(&std::free)> path(nbdkit_absolute_path(value.c_str()), &std::free);
+    if (!path)
+        throw Error(Error::Kind::unsupported, EINVAL, fmt::format("'{}={}' names no file", key, value));
+    return path.get();
+}
+
 } // namespace
 
 void Options::set(const std::string &key, const std::string &value) {
     if (key == "file") {
-        const std::unique_ptr<char, decltype(&std::free)> path(nbdkit_absolute_path(value.c_str()), &std::free);
-        if (!path)
-            throw Error(Error::Kind::unsupported, EINVAL, fmt::format("'file={}' names no file", value));
-        file = path.get();
+        file = absolute_path(key, value);
+    } else if (key == "data-file") {
+        data_file = absolute_path(key, value);
     } else if (key == "metadata-cache") {
         const std::int64_t size = nbdkit_parse_size(value.c_str());
         if (size <= 0)
@@ -58,7 +64,7 @@ void Options::set(const std::string &key, const std::string &value) {
         check_only = yes != 0;
     } else {
         throw Error(Error::Kind::unsupported, EINVAL,
-                    fmt::format("unknown parameter '{}'; the qcow2 plugin takes file=, metadata-cache=, repair= and "
+                    fmt::format("unknown parameter '{}'; the qcow2 plugin takes file=, data-file=, metadata-cache=, repair= and "
                                 "check-only=",
                                 key));
     }

@@ -14,6 +14,7 @@ namespace qlean::plugin {
 
 struct Options {
     std::string file;                             ///< absolute
+    std::string data_file;                        ///< absolute; empty: as the image says
     std::uint64_t cache_bytes = 64 * 1024 * 1024; ///< of L2 tables kept in memory
     bool read_only = false;                       ///< nbdkit -r
     std::optional<Repair> repair;                 ///< before serving; nothing: what QEMU does

@@ -63,6 +63,7 @@ int get_ready() {
         options.read_only = server().options.read_only;
         options.cache_bytes = server().options.cache_bytes;
         options.repair = server().options.repair;
+        options.data_file = server().options.data_file;
         server().nbdkit_version = running_nbdkit_version();
         if (server().options.check_only) {
             prepare_check_only(server());
@@ -199,6 +200,7 @@ nbdkit_plugin plugin = [] {
     p.config = config;
     p.config_complete = config_complete;
     p.config_help = "[file=]<DISK.qcow2>      (required) The image to serve.\n"
+                    "data-file=<FILE>         The image's external data file, if it is not where the image says.\n"
                     "metadata-cache=<SIZE>    Memory for L2 tables (default 64M).\n"
                     "repair=none|leaks|all    What to repair before serving (default: a dirty image).\n"
                     "check-only=<BOOL>        Serve the export 'check' alone, of any image.";

@@ -68,6 +68,11 @@ std::string make_status_page(Server &server) {
     if (const Backing *below = state.contents.below())
         page["image"]["backing"] = {{"file", below->name()}, {"size", below->size()}, {"depth", below->depth()}};
     page["file"] = {{"length", state.file.length()}, {"allocated", state.file.allocated()}};
+    if (state.mapper.format().external_data)
+        page["data_file"] = {{"file", state.data.name()},
+                             {"raw", state.raw_data},
+                             {"length", state.data.length()},
+                             {"allocated", state.data.allocated()}};
     {
         const Measured &m = measured();
         const std::lock_guard guard(measured().mutex);

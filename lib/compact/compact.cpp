@@ -132,7 +132,7 @@ std::vector<Maintenance::Planned> Compact::plan(GuestOffset at, std::uint64_t le
         bool asked_for_table = g.cluster_of(state_.l1.table(g.l1_index(first))) < ideal;
         bool empty = true;
         for (std::size_t i = 0; i < mappings.size(); ++i) {
-            bool to_do = mappings[i].has_host() && mappings[i].host >= ideal;
+            bool to_do = state_.mapper.is_in_image(mappings[i]) && mappings[i].host >= ideal;
             empty = empty && state_.contents.is_nothing(mappings[i]);
             if (!asked_for_table && mappings[i].has_host()) {
                 asked_for_table = true;
@@ -167,7 +167,7 @@ Compact::Work Compact::find_work(GuestCluster first, GuestCluster last, HostClus
             for (std::size_t i = 0; i < mappings.size(); ++i) {
                 if (!mappings[i].has_host())
                     continue;
-                if (mappings[i].host >= end)
+                if (state_.mapper.is_in_image(mappings[i]) && mappings[i].host >= end)
                     work.clusters.emplace_back(c + i, mappings[i].host);
                 if (!asked_for_table) {
                     asked_for_table = true;

@@ -238,7 +238,7 @@ bool empty_window(State &state, const Layout &layout, std::uint64_t count) {
             mappings.resize(state.mapper.table_end(first) - first);
             state.mapper.survey(first, mappings);
             for (std::size_t n = 0; n < mappings.size(); ++n)
-                if (mappings[n].has_host() && mappings[n].host.value < end)
+                if (state.mapper.is_in_image(mappings[n]) && mappings[n].host.value < end)
                     f(first + n, mappings[n].host);
         }
     };

@@ -125,6 +125,17 @@ void ZeroScan::look_at(GuestCluster c, HostCluster host) {
         if (!all_zero(bytes))
             return set_known(c);
     }
+    if (state_.mapper.format().external_data) {
+        if (data && *data < from + g.cluster_size())
+            gauges_.zero_freed_bytes += g.cluster_size();
+        state_.data.punch_if_possible(from, g.cluster_size());
+        if (state_.raw_data)
+            return set_known(c); // the entry stays: it says that the data file is the disk
+    } else {
+        gauges_.zero_freed_bytes += g.cluster_size();
+    }
+    std::vector<HostRun> freed;
+    state_.mapper.append_references(freed, m);
     {
         Mapper::Editor editor(state_.mapper, c, 1);
         if (state_.contents.ends_below(c))
@@ -132,8 +143,7 @@ void ZeroScan::look_at(GuestCluster c, HostCluster host) {
         else
             editor.set_zero(c);
     }
-    state_.allocator.retire({{host, 1}});
-    gauges_.zero_freed_bytes += g.cluster_size();
+    state_.allocator.retire(freed);
     changed_ = true;
 }
 
@@ -175,6 +185,10 @@ void ZeroScan::look_at_subclusters(GuestCluster c, HostCluster host) {
     const Set gone = zero_subclusters(c, m);
     if (gone == 0 && bitmap_of(m).data() != 0)
         return set_known(c);
+    if (state_.raw_data) { // the entry stays: it says that the data file is the disk
+        punch_all_but(state_, host, bitmap_of(m).data() & ~gone);
+        return set_known(c);
+    }
     const Bitmap after = bitmap_of(m).with(gone, state_.contents.ends_below(c) ? Kind::unallocated : Kind::zero);
     std::vector<HostRun> freed;
     bool has_host;
@@ -183,6 +197,8 @@ void ZeroScan::look_at_subclusters(GuestCluster c, HostCluster host) {
         has_host = set_subclusters(state_, editor, c, m, after, false, freed);
     }
     state_.allocator.retire(freed);
+    if (!has_host && state_.mapper.is_external(m))
+        punch_quietly(state_, g.offset_of(host), g.cluster_size());
     if (has_host) {
         set_known(c);
         if (m.copied)

@@ -20,8 +20,6 @@ refused() {
 
 create -o compression_type=zstd "$W/zstd.qcow2" 16M
 refused zstd 'zstd|compression'
-create -o data_file="$W/data.raw" "$W/external.qcow2" 16M
-refused external 'external data|data file'
 create "$W/snapshot.qcow2" 16M
 qemu-img snapshot -c one "$W/snapshot.qcow2"
 refused snapshot 'snapshot'
