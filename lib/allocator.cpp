@@ -75,6 +75,16 @@ Allocator::Extent Allocator::Reservation::take_first() {
     return first;
 }
 
+Allocator::Reservation Allocator::Reservation::take_adjacent() {
+    Reservation taken;
+    taken.allocator_ = allocator_;
+    auto last = extents_.begin();
+    while (last != extents_.end() && (taken.extents_.empty() || taken.extents_.back().run.end() == last->run.first))
+        taken.extents_.push_back(*last++);
+    extents_.erase(extents_.begin(), last);
+    return taken;
+}
+
 // --- taking -------------------------------------------------------------------------------------------------------
 
 void Allocator::note(HostRun run) {
@@ -225,12 +235,14 @@ Allocator::Reservation Allocator::reserve_below(std::uint64_t count, HostCluster
     return finish(std::move(extents));
 }
 
-Allocator::Reservation Allocator::reserve_contiguous_below(std::uint64_t count, HostCluster limit, HostCluster floor) {
+Allocator::Reservation Allocator::reserve_contiguous_below(std::uint64_t count, HostCluster limit, HostCluster floor,
+                                                           Embargo embargo) {
     const std::lock_guard guard(mutex_);
     const std::uint64_t stop = std::min(limit.value, end());
     std::uint64_t run = 0;
     for (std::uint64_t c = std::max(lowest_, floor.value); c < stop; ++c) {
-        run = free_.get(c) ? run + 1 : 0;
+        const bool denied = embargo == Embargo::respected && c >= embargo_.first.value && c < embargo_.end().value;
+        run = free_.get(c) && !denied ? run + 1 : 0;
         if (run < count)
             continue;
         std::vector<Extent> extents;

@@ -52,6 +52,8 @@ class Allocator {
         void publish();
         /// Takes the first cluster out, as published.
         Extent take_first();
+        /// The clusters from the first one on that are adjacent, as a reservation of their own.
+        Reservation take_adjacent();
 
       private:
         friend class Allocator;
@@ -69,14 +71,22 @@ class Allocator {
     Reservation reserve(std::uint64_t count, Growth growth);
     /// Up to `count` clusters below `limit` (and not below `floor`), lowest first; never grows the file.
     Reservation reserve_below(std::uint64_t count, HostCluster limit, HostCluster floor = {0});
+    enum class Embargo { respected, lifted };
     /// Exactly `count` adjacent clusters below `limit` (and not below `floor`), or none. The only way to get what is
     /// under embargo.
-    Reservation reserve_contiguous_below(std::uint64_t count, HostCluster limit, HostCluster floor = {0});
+    Reservation reserve_contiguous_below(std::uint64_t count, HostCluster limit, HostCluster floor = {0},
+                                         Embargo embargo = Embargo::lifted);
 
     /// From now on nobody is handed a cluster of `run` (empty: lifted), so that it can be emptied for a table.
     void embargo(HostRun run);
 
-    /// The clusters are no longer referenced by anything in memory. Whoever relied on them has finished.
+    /// One more reference to each cluster of `run`, which stay in use until it is retired. To be followed by touch()
+    /// when what refers is stored.
+    void add_references(HostRun run);
+    /// What a walk beside this found out about `runs` may be out of date.
+    void touch(const std::vector<HostRun> &runs);
+    /// One reference less to each cluster: it is no longer in use by something in memory. Whoever relied on it has
+    /// finished. A cluster comes free with its last reference.
     void retire(const std::vector<HostRun> &runs);
 
     std::uint64_t end() const { return end_.load(std::memory_order_acquire); }

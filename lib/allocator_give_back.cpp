@@ -8,6 +8,18 @@
 
 namespace qlean {
 
+void Allocator::add_references(HostRun run) {
+    const std::lock_guard guard(mutex_);
+    append_run(allocated_runs_, run);
+    note(run);
+}
+
+void Allocator::touch(const std::vector<HostRun> &runs) {
+    const std::lock_guard guard(mutex_);
+    for (const HostRun &run : runs)
+        note(run);
+}
+
 void Allocator::retire(const std::vector<HostRun> &runs) {
     if (runs.empty())
         return;

@@ -183,8 +183,12 @@ void Header::require_supported(const std::string &file) const {
         unsupported(crypt_method == 2 ? "LUKS encryption" : "AES encryption");
     if (snapshot_count != 0)
         unsupported("internal snapshots");
-    if (incompatible & incompatible_compression || compression_type != 0)
-        unsupported(compression_type == 1 ? "zstd compression" : "a compression type other than deflate");
+    if (compression_type > 1)
+        unsupported(fmt::format("compression type {}", compression_type));
+    // As QEMU: the bit says that it is not deflate.
+    if ((compression_type != 0) != ((incompatible & incompatible_compression) != 0))
+        throw_bad_image("'{}' is damaged: its compression type is {}, and its feature bit for that is {}", file,
+                        compression_type, compression_type != 0 ? "not set" : "set");
 }
 
 std::size_t Header::fixed_length() const { return version == 2 ? v2_length : v3_length; }

@@ -17,8 +17,6 @@ namespace {
 
 /// A crash may leave refcounts for clusters that the file did not get; more than this many are damage.
 constexpr std::uint64_t max_clusters_beyond_end = std::uint64_t{1} << 26;
-/// L2 tables looked at to tell an image with compressed clusters.
-constexpr std::size_t compression_probe_tables = 64;
 
 std::vector<std::uint64_t> read_words(File &file, HostOffset at, std::uint64_t count) {
     std::vector<std::uint64_t> words(count);
@@ -55,20 +53,6 @@ std::vector<std::uint64_t> read_entries(File &file, HostOffset table, const Geom
     return words;
 }
 
-void refuse_compression(File &file, const Geometry &geometry, const std::vector<std::uint64_t> &l1) {
-    std::vector<HostOffset> tables;
-    for (const std::uint64_t raw : l1)
-        if (const HostOffset table = entry::table(big_endian(raw)); table.value != 0)
-            tables.push_back(table);
-    // Spread over the disk: reading every table would make opening grow with the image.
-    const std::size_t step = std::max<std::size_t>(divide_up(tables.size(), compression_probe_tables), 1);
-    for (std::size_t i = 0; i < tables.size(); i += step)
-        for (const std::uint64_t word : read_entries(file, tables[i], geometry, 8192))
-            if (word & entry::compressed)
-                throw Error(Error::Kind::unsupported, ENOTSUP,
-                            fmt::format("'{}' uses compressed clusters, which is not supported yet", file.name()));
-}
-
 /// One past the highest cluster with a refcount.
 std::uint64_t refcounted_end(File &file, const Geometry &geometry, const std::vector<std::uint64_t> &table,
                              std::uint64_t length) {
@@ -101,10 +85,13 @@ void refuse_truncated(File &file, const Geometry &geometry, const std::vector<st
         if (table.value == 0)
             continue;
         for (const std::uint64_t word : read_entries(file, table, geometry, geometry.l2_entries())) {
-            if (!(word & entry::compressed) && (word & entry::offset_mask) >= length)
+            const auto starts = word & entry::compressed
+                                    ? entry::compressed_extent(word, geometry.cluster_bits()).at.value
+                                    : word & entry::offset_mask;
+            if (starts >= length)
                 throw_bad_image("'{}' is truncated: it refers to data at {:#x}, but ends at {} bytes; restore it from "
                                 "a backup",
-                                file.name(), word & entry::offset_mask, length);
+                                file.name(), starts, length);
         }
     }
 }
@@ -162,7 +149,6 @@ std::unique_ptr<Image> Image::open(std::unique_ptr<File> file, const Options &op
     require_inside(*file, header.l1_offset, std::uint64_t{header.l1_size} * 8, length, "L1 table");
     auto l1 = read_words(*file, header.l1_offset, header.l1_size);
     check_l1(*file, geometry, l1, length);
-    refuse_compression(*file, geometry, l1);
 
     const std::uint64_t table_bytes = geometry.bytes(header.refcount_table_clusters);
     require_inside(*file, header.refcount_table_offset, table_bytes, round_up(length, geometry.cluster_size()),

@@ -21,11 +21,12 @@ constexpr int max_rounds = 8;
 } // namespace
 
 Compact::Compact(Image &image, MoveOwnership &ownership, Gauges &gauges, std::uint64_t connection)
-    : image_(image), state_(image.state()), ownership_(ownership), gauges_(gauges), connection_(connection) {}
+    : image_(image), state_(image.state()), ownership_(ownership), gauges_(gauges), connection_(connection),
+      repacker_(image) {}
 
 Compact::~Compact() {
     try {
-        if (moved_ != 0)
+        if (repacker_.close() || moved_ != 0)
             image_.give_back();
     } catch (...) {
         // The background commit tries again and reports.
@@ -41,15 +42,19 @@ void Compact::prepare(const StopCheck &stop) {
     auto watch = std::make_unique<Allocator::Watch>(state_.allocator);
     Survey survey = verify_image(state_, *watch, stop);
     leaked_ = std::move(survey.leaked);
+    surplus_ = std::move(survey.surplus);
     pinned_ = cluster_count(survey.pinned);
     gauges_.pinned = static_cast<std::int64_t>(pinned_);
     empty_tables_ = {survey.empty_tables.begin(), survey.empty_tables.end()};
-    if (!leaked_.empty())
+    if (!leaked_.empty() || !surplus_.empty())
         watch_ = std::move(watch);
     state_.allocator.load_all();
+    has_packs_ = survey.how_packed.has_value() && state_.header.header().snapshot_count == 0;
+    if (has_packs_)
+        measure_packs(*survey.how_packed);
     measure();
     // A free tail, such as a killed server leaves, is worth a FLUSH even if nothing moves.
-    if (state_.allocator.highest_in_use({0}).value < state_.allocator.end())
+    if (!surplus_.empty() || state_.allocator.highest_in_use({0}).value < state_.allocator.end())
         gauges_.pending = static_cast<std::int64_t>(++layout_.pending);
     prepared_ = true;
 }
@@ -65,21 +70,31 @@ void Compact::retire_leaked() {
         for (std::uint64_t i = 0; i < run.count; ++i)
             if (const HostCluster c = run.first + i; c.value >= touched.size() || !touched[c.value])
                 append_run(still, {c, 1});
+    for (const HostRun &run : std::exchange(surplus_, {}))
+        if (run.first.value >= touched.size() || !touched[run.first.value])
+            still.push_back(run);
     state_.allocator.retire(still);
     watch_.reset();
 }
 
+/// With mutex_ held: what Layout::measure counts anew, or knows to go.
+std::uint64_t Compact::taken_out_of_live() const {
+    return state_.refcounts.blocks().size() + state_.refcounts.table_clusters() + cluster_count(leaked_) +
+           empty_tables_.size();
+}
+
 /// With mutex_ held.
 void Compact::measure() {
-    layout_ = Layout::measure(state_, cluster_count(leaked_), empty_tables_.size());
+    const std::uint64_t live = has_packs_ ? live_goal_ + taken_out_of_live() : state_.allocator.counts().live();
+    layout_ = Layout::measure(state_, live, cluster_count(leaked_), empty_tables_.size());
     gauges_.ideal_end = static_cast<std::int64_t>(state_.geometry.bytes(layout_.end.value));
     gauges_.pending = static_cast<std::int64_t>(layout_.pending);
 }
 
-HostCluster Compact::ideal_end(const StopCheck &stop) {
+Compact::Wanted Compact::wanted(const StopCheck &stop) {
     prepare(stop);
     const std::lock_guard guard(mutex_);
-    return layout_.end;
+    return {layout_.end, std::min(site_end_, layout_.end), emptied_};
 }
 
 // --- the plan -----------------------------------------------------------------------------------------------------
@@ -113,7 +128,10 @@ bool Compact::table_moves_with(GuestCluster c, const std::vector<Mapping> &mappi
 std::vector<Maintenance::Planned> Compact::plan(GuestOffset at, std::uint64_t length, std::size_t most,
                                                 const StopCheck &stop_check) {
     const Geometry &g = state_.geometry;
-    const HostCluster ideal = ideal_end(stop_check);
+    prepare(stop_check);
+    refresh(stop_check);
+    const Wanted want = wanted(stop_check);
+    const HostCluster ideal = want.end;
     std::vector<Planned> planned;
     std::vector<Mapping> mappings;
     const GuestOffset end = at + length;
@@ -132,7 +150,9 @@ std::vector<Maintenance::Planned> Compact::plan(GuestOffset at, std::uint64_t le
         bool asked_for_table = g.cluster_of(state_.l1.table(g.l1_index(first))) < ideal;
         bool empty = true;
         for (std::size_t i = 0; i < mappings.size(); ++i) {
-            bool to_do = state_.mapper.is_in_image(mappings[i]) && mappings[i].host >= ideal;
+            bool to_do = mappings[i].has_host()
+                             ? state_.mapper.is_in_image(mappings[i]) && mappings[i].host >= ideal
+                             : to_repack(mappings[i], want);
             empty = empty && state_.contents.is_nothing(mappings[i]);
             if (!asked_for_table && mappings[i].has_host()) {
                 asked_for_table = true;
@@ -154,7 +174,8 @@ std::vector<Maintenance::Planned> Compact::plan(GuestOffset at, std::uint64_t le
 
 // --- doing --------------------------------------------------------------------------------------------------------
 
-Compact::Work Compact::find_work(GuestCluster first, GuestCluster last, HostCluster end) {
+Compact::Work Compact::find_work(GuestCluster first, GuestCluster last, const Wanted &want) {
+    const HostCluster end = want.end;
     const Geometry &g = state_.geometry;
     Work work;
     std::vector<Mapping> mappings;
@@ -165,6 +186,8 @@ Compact::Work Compact::find_work(GuestCluster first, GuestCluster last, HostClus
             state_.mapper.survey(c, mappings);
             bool asked_for_table = g.cluster_of(state_.l1.table(g.l1_index(c))) < end;
             for (std::size_t i = 0; i < mappings.size(); ++i) {
+                if (to_repack(mappings[i], want))
+                    work.extents.emplace_back(c + i, mappings[i].bits);
                 if (!mappings[i].has_host())
                     continue;
                 if (state_.mapper.is_in_image(mappings[i]) && mappings[i].host >= end)
@@ -225,18 +248,27 @@ void Compact::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) {
     const Geometry &g = state_.geometry;
     state_.write_back.before_change();
     ownership_.claim(name_, connection_);
-    const HostCluster end = ideal_end(stop);
-    const Work work = find_work(g.cluster_of(at), g.cluster_of(at + (length - 1)), end);
+    const Wanted want = wanted(stop);
+    const HostCluster end = want.end;
+    const Work work = find_work(g.cluster_of(at), g.cluster_of(at + (length - 1)), want);
     if (!work.tables.empty())
         state_.write_back.lead([&] {
             for (const std::uint64_t i : work.tables)
                 if (move_l2_table(state_, i, end))
                     gauges_.moved_bytes += g.cluster_size();
         });
-    if (work.clusters.empty())
-        return;
+    if (!work.clusters.empty())
+        move_plain(work, want, stop);
+    move_extents(work, want, stop);
+}
+
+void Compact::move_plain(const Work &work, const Wanted &want, const StopCheck &stop) {
+    const Geometry &g = state_.geometry;
+    if (want.emptied && state_.allocator.retired_bytes() != 0 &&
+        state_.allocator.free_below(want.end) < work.clusters.size())
+        image_.give_back(); // what was emptied just now
     // All destinations at once, so that requests in parallel do not shred guest order.
-    auto room = state_.allocator.reserve_below(work.clusters.size(), end);
+    auto room = state_.allocator.reserve_below(work.clusters.size(), want.end, want.site_end);
     std::vector<HostRun> written;
     for (const auto &[cluster, source] : work.clusters) {
         if (room.empty())
@@ -299,6 +331,10 @@ void Compact::commit(const StopCheck &stop) {
         if (layout_.pending == 0 || (layout_.pending >= before.pending && state_.allocator.end() >= end && round > 0))
             break;
     }
+    {
+        const std::lock_guard guard(mutex_);
+        packs_changed_ = true;
+    }
     while (state_.allocator.punch_step(step_bytes))
         require_going(stop);
     gauges_.given_back_bytes += state_.geometry.bytes(end_before - std::min(end_before, state_.allocator.end()));
@@ -320,7 +356,10 @@ void Compact::settle_metadata(const Layout &layout, const StopCheck &stop) {
             ~EmbargoEnds() { allocator.embargo({}); }
         } const embargo_ends{state_.allocator};
         if (const std::uint64_t wanted = adjacent_clusters_wanted(state_, layout)) {
-            if (empty_window(state_, layout, wanted))
+            const auto repack = [&](GuestCluster c, std::uint64_t descriptor) {
+                repacker_.move(c, descriptor, {layout.end, layout.end});
+            };
+            if (empty_window(state_, layout, wanted, repack))
                 state_.write_back.commit(WriteBack::Give::back);
         }
         state_.write_back.lead([&] {

@@ -11,6 +11,7 @@
 #include "layout.h"
 #include "maintenance.h"
 #include "relocator.h"
+#include "repack.h"
 #include "survey.h"
 
 #include <set>
@@ -29,18 +30,34 @@ class Compact final : public Maintenance {
 
   private:
     void prepare(const StopCheck &stop);
-    HostCluster ideal_end(const StopCheck &stop);
     /// The clusters to move of [first, last], and what L2 tables go with them.
     struct Work {
         std::vector<std::pair<GuestCluster, HostCluster>> clusters;
+        std::vector<std::pair<GuestCluster, std::uint64_t>> extents; ///< compressed; with their descriptors
         std::vector<std::uint64_t> tables;
     };
-    Work find_work(GuestCluster first, GuestCluster last, HostCluster end);
+    
     bool table_moves_with(GuestCluster c, const std::vector<Mapping> &mappings, GuestCluster first, HostCluster end);
     Moved relocate_on_full_disk(GuestCluster c, HostCluster source, const Allocator::Extent &destination, bool *used);
+    
     void wait_for_room(std::uint64_t bytes);
     void has_returned(std::uint64_t bytes);
     void measure();
+    void measure_packs(const Packs &packs);
+    void refresh(const StopCheck &stop);
+    /// What is to be done with an entry as of one measurement.
+    struct Wanted {
+        HostCluster end;                                  ///< nothing stays at or beyond it
+        HostCluster site_end;                             ///< below it, what comes free is for compressed extents
+        std::shared_ptr<const std::vector<bool>> emptied; ///< nor compressed extents in these
+    };
+    Wanted wanted(const StopCheck &stop);
+    bool to_repack(const Mapping &mapping, const Wanted &wanted) const;
+    Work find_work(GuestCluster first, GuestCluster last, const Wanted &want);
+    void move_plain(const Work &work, const Wanted &want, const StopCheck &stop);
+    void move_extents(const Work &work, const Wanted &want, const StopCheck &stop);
+    bool repack(GuestCluster c, std::uint64_t descriptor, const Wanted &want);
+    std::uint64_t taken_out_of_live() const;
     void settle_metadata(const Layout &layout, const StopCheck &stop);
     void cut(const StopCheck &stop);
     void retire_leaked();
@@ -55,11 +72,21 @@ class Compact final : public Maintenance {
     std::mutex mutex_; // protects what follows; never held over data I/O by run()
     bool prepared_ = false;
     Layout layout_;
-    std::vector<HostRun> leaked_;
+    std::vector<HostRun> leaked_, surplus_;
     std::unique_ptr<Allocator::Watch> watch_; // what happened to leaked_ since it was found
     std::set<std::uint64_t> empty_tables_;
     std::uint64_t pinned_ = 0;
+    // Where there are compressed clusters; as of the walk that preceded the last plan:
+    bool has_packs_ = false;
+    unsigned passes_ = 0; ///< such walks
+    bool packs_changed_ = false;                       ///< since that walk
+    std::shared_ptr<const std::vector<bool>> emptied_; ///< packs that are to be emptied
+    std::uint64_t live_goal_ = 0; ///< clusters in use when all is done, without what Layout::measure takes out
+    HostCluster site_end_{0};     ///< below it, what comes free is for compressed extents
+    std::uint64_t slack_ = 0;                          ///< more than the ideal, because there was no room
 
+    Repacker repacker_;
+    std::atomic<std::uint64_t> placed_{0}, unplaced_{0}; ///< bytes of extents, and those that found no room since then
     std::mutex commit_mutex_; // one at a time gives back what was moved
     std::atomic<std::uint64_t> unreturned_{0}; ///< bytes being moved, or moved and their sources not punched yet
     std::atomic<std::uint64_t> moved_{0};      ///< of these, moved; lowered with commit_mutex_ held

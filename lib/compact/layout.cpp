@@ -6,12 +6,11 @@
 
 namespace qlean {
 
-Layout Layout::measure(State &state, std::uint64_t leaked, std::uint64_t empty_tables) {
+Layout Layout::measure(State &state, std::uint64_t live, std::uint64_t leaked, std::uint64_t empty_tables) {
     const Geometry &g = state.geometry;
     const auto blocks = state.refcounts.blocks();
     const std::uint64_t table_now = state.refcounts.table_clusters();
     const std::uint64_t region_clusters = state.refcounts.region_clusters();
-    const std::uint64_t live = state.allocator.counts().live();
     const std::uint64_t going = std::min(live, blocks.size() + table_now + leaked + empty_tables);
     const std::uint64_t base = live - going;
 

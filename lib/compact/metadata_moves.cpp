@@ -27,6 +27,15 @@ HostCluster first_region_to_go(const State &state, const Layout &layout) {
     return {(layout.last_region + 1) * state.refcounts.region_clusters()};
 }
 
+/// Where blocks that will be dropped wait, and the table that has to keep its length for them: from E to here. Close to
+/// E, or the file could not be cut to where they can be dropped.
+HostCluster waiting_end(const State &state, const Layout &layout) {
+    std::uint64_t waiting = state.refcounts.table_clusters();
+    for (const auto &[region, cluster] : state.refcounts.blocks())
+        waiting += region > layout.last_region;
+    return std::min(layout.end + 2 * waiting, first_region_to_go(state, layout));
+}
+
 bool beyond(const State &state, HostOffset home, std::uint64_t clusters, HostCluster end) {
     return clusters > 0 && state.geometry.cluster_of(home).value + clusters > end.value;
 }
@@ -114,10 +123,10 @@ void move_refcount_blocks(State &state, const Layout &layout, std::uint64_t most
     std::vector<Allocator::Reservation> reserved;
     // A block that will be dropped may lie in the region it describes, and so keep the file from being cut to where it
     // can be dropped; or below E, where there is room for everything but such blocks. It waits in between.
-    const HostCluster first_to_go = first_region_to_go(state, layout);
+    const HostCluster waits_below = waiting_end(state, layout);
     for (const auto &[region, cluster] : state.refcounts.blocks()) {
         const bool goes = region > layout.last_region;
-        const HostCluster floor = goes ? layout.end : HostCluster{0}, limit = goes ? first_to_go : layout.end;
+        const HostCluster floor = goes ? layout.end : HostCluster{0}, limit = goes ? waits_below : layout.end;
         if ((cluster >= floor && cluster < limit) || moves.size() >= most)
             continue;
         auto room = state.allocator.reserve_below(1, limit, floor);
@@ -157,16 +166,16 @@ void move_refcount_table(State &state, const Layout &layout) {
         return;
     // As long as blocks that go are still there it must keep its length, and waits where they do: otherwise a table at
     // the end would keep the file from being cut to where they can be dropped.
-    const HostCluster first_to_go = first_region_to_go(state, layout);
+    const HostCluster waits_below = waiting_end(state, layout);
     std::uint64_t clusters = layout.table_clusters;
     HostCluster floor{0}, limit = layout.end;
     for (const auto &[region, cluster] : state.refcounts.blocks())
         if (region >= g.bytes(clusters) / 8) {
-            if (g.cluster_of(state.refcounts.home()) + now <= first_to_go)
+            if (g.cluster_of(state.refcounts.home()) + now <= waits_below)
                 return;
             clusters = now;
             floor = layout.end;
-            limit = first_to_go;
+            limit = waits_below;
         }
     const std::uint64_t entries = g.bytes(clusters) / 8;
     auto room = state.allocator.reserve_contiguous_below(clusters, limit, floor);
@@ -222,7 +231,8 @@ std::uint64_t adjacent_clusters_wanted(State &state, const Layout &layout) {
     return most;
 }
 
-bool empty_window(State &state, const Layout &layout, std::uint64_t count) {
+bool empty_window(State &state, const Layout &layout, std::uint64_t count,
+                  const std::function<void(GuestCluster, std::uint64_t)> &repack) {
     const Geometry &g = state.geometry;
     const std::uint64_t end = layout.end.value;
     if (count == 0 || count > end)
@@ -230,6 +240,7 @@ bool empty_window(State &state, const Layout &layout, std::uint64_t count) {
     // What each cluster below the end is: free, mapped by a guest cluster, or neither (metadata, pinned, on its way).
     std::vector<bool> mapped(end);
     std::vector<Mapping> mappings;
+    std::vector<HostRun> references;
     const auto each_mapped = [&](auto &&f) {
         for (std::uint64_t i = 0; i < state.l1.size(); ++i) {
             const GuestCluster first{i * g.l2_entries()};
@@ -237,12 +248,16 @@ bool empty_window(State &state, const Layout &layout, std::uint64_t count) {
                 continue;
             mappings.resize(state.mapper.table_end(first) - first);
             state.mapper.survey(first, mappings);
-            for (std::size_t n = 0; n < mappings.size(); ++n)
-                if (state.mapper.is_in_image(mappings[n]) && mappings[n].host.value < end)
-                    f(first + n, mappings[n].host);
+            for (std::size_t n = 0; n < mappings.size(); ++n) {
+                references.clear();
+                state.mapper.append_references(references, mappings[n]);
+                for (const HostRun &run : references)
+                    for (HostCluster host = run.first; host < run.end() && host.value < end; ++host)
+                        f(first + n, mappings[n], host);
+            }
         }
     };
-    each_mapped([&](GuestCluster, HostCluster host) { mapped[host.value] = true; });
+    each_mapped([&](GuestCluster, const Mapping &, HostCluster host) { mapped[host.value] = true; });
     // The window with the fewest clusters to move.
     std::uint64_t best = end, best_cost = count + 1, run = 0, cost = 0;
     const auto kind = [&](std::uint64_t c) { return state.allocator.is_free({c}) ? 0 : mapped[c] ? 1 : 2; };
@@ -265,18 +280,22 @@ bool empty_window(State &state, const Layout &layout, std::uint64_t count) {
     if (best == end)
         return false;
     state.allocator.embargo({{best}, count});
-    std::vector<std::pair<GuestCluster, HostCluster>> in_the_way;
-    each_mapped([&](GuestCluster c, HostCluster host) {
-        if (host.value >= best && host.value < best + count)
-            in_the_way.emplace_back(c, host);
+    std::vector<std::pair<GuestCluster, Mapping>> in_the_way;
+    each_mapped([&](GuestCluster c, const Mapping &m, HostCluster host) {
+        if (host.value >= best && host.value < best + count && (in_the_way.empty() || in_the_way.back().first != c))
+            in_the_way.emplace_back(c, m);
     });
-    for (const auto &[cluster, host] : in_the_way) {
+    for (const auto &[cluster, mapping] : in_the_way) {
+        if (mapping.kind == Mapping::Kind::compressed) {
+            repack(cluster, mapping.bits);
+            continue;
+        }
         // Upwards if it must be: this happens once, and it comes down again with the rest.
         auto room = state.allocator.reserve(1, Allocator::Growth::now);
         if (room.empty())
             return true;
         bool used = false;
-        if (relocate(state, cluster, host, room.extents().front(), &used) == Moved::yes && used)
+        if (relocate(state, cluster, mapping.host, room.extents().front(), &used) == Moved::yes && used)
             room.publish();
     }
     return true;

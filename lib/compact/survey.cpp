@@ -11,6 +11,9 @@ namespace qlean {
 
 namespace {
 
+/// More than this for one cluster is no trace of a crash.
+constexpr std::uint64_t max_surplus = 64;
+
 /// How often each host cluster is referred to, a byte each: beyond 254 it counts on in a map.
 class ReferenceCounts {
   public:
@@ -45,7 +48,18 @@ class Counter : public ReferenceVisitor {
 
     void metadata(Kind, HostRun run) override { survey.metadata += run.count; }
     void entry(GuestCluster, const Mapping &m) override {
-        if (!m.has_host() || state_.mapper.format().external_data)
+        if (state_.mapper.format().external_data)
+            return;
+        if (m.kind == Mapping::Kind::compressed) {
+            ++survey.compressed;
+            ++survey.fragmented;
+            references_.clear();
+            state_.mapper.append_references(references_, m);
+            for (const HostRun &run : references_)
+                for (HostCluster p = run.first; p < run.end(); ++p)
+                    survey.packs += set(packs, p);
+        }
+        if (!m.has_host())
             return;
         ++survey.data;
         if (any_ && m.host != expected_)
@@ -59,9 +73,21 @@ class Counter : public ReferenceVisitor {
     }
 
     Survey survey;
+    std::vector<bool> packs; ///< by host cluster: holds compressed extents
+
+  protected:
+    /// False: it was set before.
+    static bool set(std::vector<bool> &bits, HostCluster c) {
+        if (bits.size() <= c.value)
+            bits.resize(std::max<std::uint64_t>(c.value + 1, bits.size() * 2));
+        const bool is_new = !bits[c.value];
+        bits[c.value] = true;
+        return is_new;
+    }
 
   private:
     State &state_;
+    std::vector<HostRun> references_;
     HostCluster expected_{0};
     bool any_ = false;
 };
@@ -75,7 +101,7 @@ class Auditor final : public Counter {
         Counter::metadata(kind, run);
         references.add(run);
         for (HostCluster c = run.first; c < run.end(); ++c)
-            set_owned(c);
+            set(owned, c);
     }
     void entry(GuestCluster c, const Mapping &m) override {
         Counter::entry(c, m);
@@ -86,7 +112,12 @@ class Auditor final : public Counter {
         for (const HostRun &run : runs_)
             references.add(run);
         if (m.has_host() && m.copied && !runs_.empty())
-            set_owned(m.host);
+            set(owned, m.host);
+        if (m.kind == Mapping::Kind::compressed && !runs_.empty()) {
+            if (!survey.how_packed)
+                survey.how_packed.emplace(state_.geometry);
+            survey.how_packed->add(entry::compressed_extent(m.bits, state_.geometry.cluster_bits()));
+        }
     }
 
     ReferenceCounts references;
@@ -94,17 +125,30 @@ class Auditor final : public Counter {
     std::optional<GuestCluster> damaged;
 
   private:
-    void set_owned(HostCluster c) {
-        if (owned.size() <= c.value)
-            owned.resize(std::max<std::uint64_t>(c.value + 1, owned.size() * 2));
-        owned[c.value] = true;
-    }
-
     State &state_;
     std::vector<HostRun> runs_;
 };
 
 } // namespace
+
+Packs survey_packs(State &state, const StopCheck &stop) {
+    class Packed final : public ReferenceVisitor {
+      public:
+        explicit Packed(const Geometry &geometry) : packs(geometry), bits_(geometry.cluster_bits()) {}
+        void metadata(Kind, HostRun) override {}
+        void entry(GuestCluster, const Mapping &m) override {
+            if (m.kind == Mapping::Kind::compressed)
+                packs.add(entry::compressed_extent(m.bits, bits_));
+        }
+        void table_done(std::uint64_t, bool) override {}
+        Packs packs;
+
+      private:
+        unsigned bits_;
+    } packed(state.geometry);
+    walk_references(state, stop, packed);
+    return std::move(packed.packs);
+}
 
 Survey survey_image(State &state, const StopCheck &stop) {
     Counter counter(state);
@@ -175,9 +219,16 @@ Survey verify_image(State &state, const Allocator::Watch &watch, const StopCheck
             refuse(fmt::format("host cluster {} is used twice, and one of its users may write there", c));
     const bool may_free = !state.header.header().has_unknown_extension();
     Survey survey = std::move(audit.survey);
-    for (const auto &[cluster, count, referrers] : too_many)
-        if (referrers == 0 && !is_changed(cluster))
+    for (const auto &[cluster, count, referrers] : too_many) {
+        if (is_changed(cluster))
+            continue;
+        if (referrers == 0)
             append_run(may_free && count == 1 ? survey.leaked : survey.pinned, {{cluster}, 1});
+        // Of a pack that was being filled or emptied when a server was killed. Not of others: what is counted once is
+        // marked so in its entry, and an extent has no such mark.
+        else if (may_free && cluster < audit.packs.size() && audit.packs[cluster] && count - referrers <= max_surplus)
+            survey.surplus.insert(survey.surplus.end(), count - referrers, {{cluster}, 1});
+    }
     return survey;
 }
 

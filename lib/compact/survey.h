@@ -6,26 +6,36 @@
 #pragma once
 
 #include "../references.h"
+#include "packs.h"
 
 #include <atomic>
+#include <optional>
 #include <vector>
 
 namespace qlean {
 
 struct Survey {
-    std::uint64_t data = 0;     ///< clusters that guest clusters map to
+    std::uint64_t data = 0;       ///< clusters that guest clusters map to
+    std::uint64_t compressed = 0; ///< guest clusters that are compressed
+    std::uint64_t packs = 0;      ///< clusters that hold their extents
     std::uint64_t metadata = 0; ///< header, L1, L2, refcount structures
-    /// As `qemu-img check` counts: clusters whose predecessor in guest order is not their neighbour in the file.
+    /// As `qemu-img check` counts: clusters whose predecessor in guest order is not their neighbour in the file, and
+    /// all compressed ones.
     std::uint64_t fragmented = 0;
     std::vector<std::uint64_t> empty_tables; ///< L1 indices of L2 tables in which nothing is mapped
 
     // Only from verify():
     std::vector<HostRun> leaked; ///< refcount of one, and no referrer; may be given back
+    /// Packs that are counted more often than they are referred to, once for each count too many; as leaked.
+    std::vector<HostRun> surplus;
+    std::optional<Packs> how_packed; ///< set where there are compressed clusters
     std::vector<HostRun> pinned; ///< a refcount, and no referrer that is known; stays where it is
 };
 
 /// Counts, without comparing anything.
 Survey survey_image(State &state, const StopCheck &stop);
+/// How the packs are filled now.
+Packs survey_packs(State &state, const StopCheck &stop);
 /// Counts and compares with the refcounts. Throws Error (bad_image) if a cluster has fewer refcounts than referrers, or
 /// is referred to where it must not be. The guest may go on meanwhile. `watch` was begun just now, and must live until
 /// what is found is acted upon: what it has touched by then is not what it was. No lock held. Throws Error (stopped)

@@ -32,7 +32,7 @@ bool ZeroScan::known(GuestCluster c) const {
 bool ZeroScan::wanted(GuestCluster c, const Mapping &mapping) const {
     // In version 2 nothing but data can hide what lies below: there even zeroes have to stay.
     const bool may_go = state_.mapper.format().version >= 3 || state_.contents.ends_below(c);
-    return mapping.has_host() && may_go && !known(c);
+    return may_be_zero(mapping) && may_go && !known(c);
 }
 
 void ZeroScan::set_known(GuestCluster c) {
@@ -89,26 +89,45 @@ void ZeroScan::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) 
             if (!wanted(c + i, mappings[i]))
                 continue;
             require_going(stop);
-            look_at(c + i, mappings[i].host);
+            look_at(c + i, mappings[i]);
         }
         c = end;
     }
 }
 
-void ZeroScan::look_at(GuestCluster c, HostCluster host) {
+/// Worth a look. No compressor makes more than this of zeroes, so most compressed clusters need not be decompressed.
+bool ZeroScan::may_be_zero(const Mapping &mapping) const {
     const Geometry &g = state_.geometry;
-    if (g.has_subclusters())
-        return look_at_subclusters(c, host);
-    const HostOffset from = g.offset_of(host);
+    if (mapping.kind == Mapping::Kind::compressed)
+        return entry::compressed_extent(mapping.bits, g.cluster_bits()).bytes <= g.cluster_size() / 64 + 1024;
+    return mapping.has_host();
+}
+
+bool ZeroScan::holds_zeroes(GuestCluster c, const Mapping &mapping, std::vector<std::byte> &bytes) {
+    if (state_.contents.is_zero(c, mapping))
+        return true;
+    try {
+        state_.contents.read(c, mapping, 0, bytes);
+    } catch (const Error &error) {
+        if (mapping.kind != Mapping::Kind::compressed || error.kind() != Error::Kind::bad_image)
+            throw;
+        return false; // what does not decompress is not zeroes
+    }
+    gauges_.zero_read_bytes += bytes.size();
+    return all_zero(bytes);
+}
+
+void ZeroScan::look_at(GuestCluster c, const Mapping &seen) {
+    const Geometry &g = state_.geometry;
+    if (g.has_subclusters() && seen.has_host())
+        return look_at_subclusters(c, seen.host);
     std::vector<std::byte> bytes(g.cluster_size());
     // Unlocked: a first look, which also brings the cluster into memory. A hole in the file needs no reading.
-    const auto data = state_.data.next_data(from);
-    if (data && *data < from + g.cluster_size()) {
-        state_.data.read(bytes, from);
-        gauges_.zero_read_bytes += bytes.size();
-        if (!all_zero(bytes))
-            return set_known(c);
-    }
+    const HostOffset from = g.offset_of(seen.host);
+    const auto data = seen.has_host() ? state_.data.next_data(from) : std::nullopt;
+    const bool is_hole = seen.has_host() && !(data && *data < from + g.cluster_size());
+    if (!is_hole && !holds_zeroes(c, seen, bytes))
+        return set_known(c);
     {
         Mapping m;
         state_.mapper.resolve(c, std::span(&m, 1)); // the slice is in memory when the lock is held
@@ -118,15 +137,12 @@ void ZeroScan::look_at(GuestCluster c, HostCluster host) {
         return; // the guest is at it: look again later
     Mapping m;
     state_.mapper.resolve(c, std::span(&m, 1));
-    if (!m.has_host() || m.host != host)
+    if (m != seen)
         return;
-    if (m.kind == Mapping::Kind::data) {
-        state_.data.read(bytes, from);
-        if (!all_zero(bytes))
-            return set_known(c);
-    }
+    if (!holds_zeroes(c, m, bytes))
+        return set_known(c);
     if (state_.mapper.format().external_data) {
-        if (data && *data < from + g.cluster_size())
+        if (!is_hole)
             gauges_.zero_freed_bytes += g.cluster_size();
         state_.data.punch_if_possible(from, g.cluster_size());
         if (state_.raw_data)

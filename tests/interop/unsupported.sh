@@ -18,8 +18,9 @@ refused() {
     echo "  $1: $(sed 's/^nbdkit: error: //' "$W/err.txt")"
 }
 
-create -o compression_type=zstd "$W/zstd.qcow2" 16M
-refused zstd 'zstd|compression'
+create -o compression_type=zstd "$W/compression.qcow2" 16M
+printf '\x02' | dd of="$W/compression.qcow2" bs=1 seek=104 conv=notrunc status=none
+refused compression 'compression type 2'
 create "$W/snapshot.qcow2" 16M
 qemu-img snapshot -c one "$W/snapshot.qcow2"
 refused snapshot 'snapshot'

@@ -181,7 +181,11 @@ TEST_CASE("What is not supported is refused by name") {
     zstd.incompatible = Header::incompatible_compression;
     auto bytes = encoded(zstd);
     bytes[104] = std::byte{1};
-    require_refused(bytes, "zstd");
+    Header::parse(bytes, "test").require_supported("test");
+    bytes[104] = std::byte{2};
+    require_refused(bytes, "compression type 2");
+    bytes[104] = std::byte{0}; // deflate, and a bit that says that it is not
+    require_refused(bytes, "compression type is 0");
 }
 
 TEST_CASE("An unknown feature is called what the image calls it, without its control characters") {

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// What Compact does for compressed clusters: what it decides between two passes, and the moves.
+#include "compact.h"
+
+namespace qlean {
+
+namespace {
+
+constexpr int max_rounds = 8;
+/// Clusters that must come free for compressed extents to be moved for their density alone.
+constexpr std::uint64_t worthwhile(std::uint64_t live) { return std::max<std::uint64_t>(live / 64, 3); }
+constexpr unsigned max_emptying_passes = 4;
+
+} // namespace
+
+/// What is to become of compressed extents, and the end and the site that follow from it. With mutex_ held, after a walk.
+void Compact::measure_packs(const Packs &packs) {
+    const Geometry &g = state_.geometry;
+    // Where a pass found a place for hardly anything of what it had to move, the next one would not either.
+    const std::uint64_t placed = placed_.exchange(0), unplaced = unplaced_.exchange(0);
+    if (placed < unplaced / 16)
+        slack_ += g.clusters_for(unplaced + unplaced / 2);
+    packs_changed_ = false;
+
+    const std::uint64_t live = state_.allocator.counts().live(), taken_out = taken_out_of_live();
+    const auto is_free = [&](HostCluster c) { return state_.allocator.is_free(c); };
+    // Decided once: what an estimate promises and does not come true must not be tried again and again.
+    std::vector<bool> emptied;
+    if (passes_++ == 0)
+        emptied = packs.worth_emptying(worthwhile(live));
+    else if (unplaced > 0 && passes_ <= max_emptying_passes)
+        emptied = *emptied_;
+    for (std::uint64_t c = 0; c < emptied.size(); ++c)
+        emptied[c] = emptied[c] && !repacker_.filled({c});
+    for (;;) {
+        // The end decides what has to move, and that the end.
+        layout_.end = {state_.allocator.end()};
+        for (int round = 0; round < max_rounds; ++round) {
+            const HostCluster end = layout_.end;
+            const auto moving = packs.moving(emptied, end);
+            const auto site = packs.site(moving.bytes, end, emptied, is_free);
+            site_end_ = site.end;
+            live_goal_ = live - std::min(live, moving.packs) + std::max(site.clusters, moving.least) + slack_;
+            live_goal_ -= std::min(live_goal_, taken_out);
+            measure();
+            if (layout_.end >= end)
+                break;
+        }
+        if (emptied.empty() || live_goal_ + taken_out + worthwhile(live) <= live + slack_)
+            break;
+        emptied.clear(); // too little would be gained after all
+    }
+    emptied_ = std::make_shared<const std::vector<bool>>(std::move(emptied));
+}
+
+/// Between two passes: how the packs are now, and what the ideal end is then. Not during one, or there would be a walk
+/// for each FLUSH.
+void Compact::refresh(const StopCheck &stop) {
+    const std::lock_guard guard(mutex_);
+    if (!prepared_ || !has_packs_ || !packs_changed_)
+        return;
+    const bool was_open = repacker_.close();
+    if (was_open)
+        image_.give_back();
+    measure_packs(survey_packs(state_, stop));
+    measure();
+    if (was_open && state_.allocator.highest_in_use({0}).value < state_.allocator.end())
+        gauges_.pending = static_cast<std::int64_t>(++layout_.pending);
+}
+
+// --- moves --------------------------------------------------------------------------------------------------------
+
+bool Compact::to_repack(const Mapping &mapping, const Wanted &wanted) const {
+    // What a snapshot may share would only be there twice.
+    if (mapping.kind != Mapping::Kind::compressed || state_.header.header().snapshot_count != 0)
+        return false;
+    std::vector<HostRun> runs;
+    state_.mapper.append_references(runs, mapping);
+    for (const HostRun &run : runs)
+        for (HostCluster c = run.first; c < run.end(); ++c) {
+            if (c >= wanted.end)
+                return true;
+            if (wanted.emptied && c.value < wanted.emptied->size() && (*wanted.emptied)[c.value] && !repacker_.filled(c))
+                return true;
+        }
+    return false;
+}
+
+/// One compressed extent. False: there is no room for it.
+bool Compact::repack(GuestCluster c, std::uint64_t descriptor, const Wanted &want) {
+    const std::uint64_t bytes = entry::compressed_extent(descriptor, state_.geometry.cluster_bits()).bytes;
+    const Repacker::Site site{want.site_end, want.end};
+    auto outcome = Repacker::Outcome::no_room;
+    wait_for_room(bytes);
+    try {
+        try {
+            outcome = repacker_.move(c, descriptor, site);
+        } catch (const Error &error) {
+            if (error.kind() != Error::Kind::no_space)
+                throw;
+            image_.give_back(); // on a full disk, what was moved so far gives room
+            outcome = repacker_.move(c, descriptor, site);
+        }
+    } catch (...) {
+        unreturned_ -= bytes;
+        throw;
+    }
+    if (outcome == Repacker::Outcome::moved) {
+        moved_ += bytes;
+        placed_ += bytes;
+        gauges_.moved_bytes += bytes;
+    } else {
+        unreturned_ -= bytes;
+    }
+    return outcome != Repacker::Outcome::no_room;
+}
+
+void Compact::move_extents(const Work &work, const Wanted &want, const StopCheck &stop) {
+    for (std::size_t i = 0; i < work.extents.size(); ++i) {
+        require_going(stop);
+        if (repack(work.extents[i].first, work.extents[i].second, want))
+            continue;
+        for (; i < work.extents.size(); ++i)
+            unplaced_ += entry::compressed_extent(work.extents[i].second, state_.geometry.cluster_bits()).bytes;
+    }
+}
+
+} // namespace qlean

@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+#include "repack.h"
+
+#include "../compression.h"
+#include "../refcount_block.h"
+
+#include <cstring>
+#include <memory>
+
+namespace qlean {
+
+namespace {
+
+constexpr std::uint64_t stretch_bytes = 2 * 1024 * 1024;
+constexpr std::uint64_t max_stretch_clusters = 32;
+/// Stretches with too little room left for what came last: something smaller may come.
+constexpr std::size_t max_stretches = 64;
+/// What may be taken beyond the site until something came free there.
+constexpr std::uint64_t max_grown_bytes = 32 * 1024 * 1024;
+constexpr std::uint64_t min_grown_bytes = 1024 * 1024;
+constexpr std::uint64_t min_grown_clusters = 4;
+constexpr std::uint64_t grown_share = 64;
+
+} // namespace
+
+// --- where to -----------------------------------------------------------------------------------------------------
+
+/// Takes `bytes` from the front of the stretch, with its references.
+Repacker::Place Repacker::take(Stretch &stretch, std::uint64_t bytes) {
+    const Geometry &g = state_.geometry;
+    const std::uint64_t most = RefcountView::max(g.refcount_order());
+    Place place{stretch.at, {}};
+    const HostOffset end = stretch.at + bytes;
+    const HostCluster last = g.cluster_of(end - 1);
+    for (HostCluster c = g.cluster_of(stretch.at); c <= last; ++c) {
+        append_run(place.references, {c, 1});
+        ++stretch.extents;
+        stretch.at = std::min(end, g.offset_of(c + 1));
+        if (stretch.at == g.offset_of(c + 1) || stretch.extents == most) {
+            // Nothing more goes in there: what reserved it is this extent's reference now.
+            stretch.clusters.take_first();
+            stretch.at = g.offset_of(c + 1);
+            stretch.extents = 0;
+        } else {
+            state_.allocator.add_references({c, 1});
+        }
+    }
+    return place;
+}
+
+void Repacker::begin_stretch(Allocator::Reservation clusters) {
+    const Geometry &g = state_.geometry;
+    const HostCluster first = clusters.extents().front().run.first;
+    const HostCluster end = first + clusters.count();
+    if (filled_.size() < end.value)
+        filled_.resize(std::max(end.value, state_.allocator.end()));
+    std::fill(filled_.begin() + static_cast<std::ptrdiff_t>(first.value),
+              filled_.begin() + static_cast<std::ptrdiff_t>(end.value), true);
+    if (stretches_.size() == max_stretches) {
+        const auto least = std::min_element(
+            stretches_.begin(), stretches_.end(),
+            [](const Stretch &a, const Stretch &b) { return a.end - a.at < b.end - b.at; });
+        stretches_.erase(least);
+    }
+    stretches_.push_back({std::move(clusters), g.offset_of(first), g.offset_of(end), 0});
+}
+
+/// With the mutex held. False: there is no room for `bytes`.
+bool Repacker::open_stretch(std::uint64_t bytes, const Site &site) {
+    const Geometry &g = state_.geometry;
+    const std::uint64_t least = g.clusters_for(bytes);
+    const std::uint64_t most =
+        std::max(least, std::clamp<std::uint64_t>(stretch_bytes >> g.cluster_bits(), 1, max_stretch_clusters));
+    const auto below = [&](HostCluster limit) {
+        for (std::uint64_t n = most;; n = std::max(n / 2, least)) {
+            if (auto room = state_.allocator.reserve_contiguous_below(n, limit, {0}, Allocator::Embargo::respected); !room.empty()) {
+                begin_stretch(std::move(room));
+                return true;
+            }
+            if (n == least)
+                return false;
+        }
+    };
+    if (below(site.end))
+        return true;
+    // What was emptied so far makes room once that is durable.
+    if (state_.allocator.retired_bytes() != 0) {
+        image_.give_back();
+        if (below(site.end))
+            return true;
+    }
+    // Nothing is free there yet, as in an image of nothing but packs with holes: some room to begin with.
+    const std::uint64_t may_grow =
+        std::max({std::min(max_grown_bytes >> g.cluster_bits(), state_.allocator.end() / grown_share),
+                  min_grown_bytes >> g.cluster_bits(), min_grown_clusters});
+    if (grown_ >= may_grow)
+        return below(site.limit);
+    const std::uint64_t wanted = std::min(most, std::max(may_grow - grown_, least));
+    auto room = state_.allocator.reserve(wanted, Allocator::Growth::now);
+    if (room.empty()) { // refcounts for more have to be linked first
+        image_.give_back();
+        room = state_.allocator.reserve(wanted, Allocator::Growth::now);
+    }
+    bool fits = false;
+    while (!room.empty()) {
+        auto adjacent = room.take_adjacent();
+        if (adjacent.count() < least)
+            continue;
+        grown_ += adjacent.count();
+        begin_stretch(std::move(adjacent));
+        fits = true;
+    }
+    return fits;
+}
+
+std::optional<Repacker::Place> Repacker::place(std::uint64_t bytes, const Site &site) {
+    const std::lock_guard guard(mutex_);
+    for (;;) {
+        Stretch *best = nullptr;
+        for (Stretch &s : stretches_)
+            if (s.end - s.at >= bytes && (best == nullptr || s.end - s.at < best->end - best->at))
+                best = &s;
+        if (best != nullptr) {
+            Place place = take(*best, bytes);
+            if (best->at == best->end)
+                stretches_.erase(stretches_.begin() + (best - stretches_.data()));
+            return place;
+        }
+        if (!open_stretch(bytes, site))
+            return std::nullopt;
+    }
+}
+
+bool Repacker::filled(HostCluster c) const {
+    const std::lock_guard guard(mutex_);
+    return c.value < filled_.size() && filled_[c.value];
+}
+
+bool Repacker::close() {
+    const std::lock_guard guard(mutex_);
+    grown_ = 0;
+    return !std::exchange(stretches_, {}).empty();
+}
+
+// --- one move -----------------------------------------------------------------------------------------------------
+
+Repacker::Outcome Repacker::move(GuestCluster c, std::uint64_t descriptor, const Site &site) {
+    const Geometry &g = state_.geometry;
+    const auto is_there = [&](Mapping &m) {
+        state_.mapper.resolve(c, std::span(&m, 1));
+        return m.kind == Mapping::Kind::compressed && m.bits == descriptor;
+    };
+    Mapping m;
+    if (!is_there(m)) // which brings the L2 slice into memory, before the lock
+        return Outcome::gone;
+    const CompressedExtent extent = entry::compressed_extent(descriptor, g.cluster_bits());
+    const auto memory = std::make_unique_for_overwrite<std::byte[]>(2 * extent.bytes + g.cluster_size());
+    const std::span bytes(memory.get(), extent.bytes), again(memory.get() + extent.bytes, extent.bytes);
+    const std::span cluster(memory.get() + 2 * extent.bytes, g.cluster_size());
+    state_.file.read(bytes, extent.at);
+    // Its exact length. What does not decompress is none of our business: it is moved with all that may be part of it.
+    const std::uint64_t length =
+        compression::decompress(state_.compressed.type(), bytes, cluster).length.value_or(extent.bytes);
+
+    const auto to = place(length, site);
+    if (!to)
+        return Outcome::no_room;
+    struct Undo {
+        Allocator &allocator;
+        const std::vector<HostRun> &references;
+        bool armed = true;
+        ~Undo() {
+            if (armed)
+                allocator.retire(references);
+        }
+    } undo{state_.allocator, to->references};
+    const auto moved = compression::describe(to->at, length, g.cluster_bits());
+    if (!moved)
+        return Outcome::no_room;
+
+    const RangeLock::Exclusive guard(state_.ranges, g.offset_of(c), 1, std::try_to_lock);
+    if (!guard.owns())
+        return Outcome::contended;
+    if (!is_there(m))
+        return Outcome::gone;
+    // Read again, from memory: what was read without the lock might have been somebody else's by then.
+    state_.file.read(again, extent.at);
+    if (std::memcmp(bytes.data(), again.data(), length) != 0)
+        return Outcome::contended;
+    state_.file.write(bytes.first(length), to->at);
+    {
+        Mapper::Editor editor(state_.mapper, c, 1);
+        if (!editor.exists())
+            return Outcome::gone;
+        editor.set_compressed(c, *moved);
+    }
+    undo.armed = false;
+    state_.allocator.touch(to->references); // no walk that began after they were taken can tell what refers to them
+    std::vector<HostRun> old;
+    state_.mapper.append_references(old, m);
+    state_.allocator.retire(old); // within the range: a walk that waits for it finds both done or neither
+    return Outcome::moved;
+}
+
+} // namespace qlean

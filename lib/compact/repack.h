@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// Moving compressed extents. An extent is never moved with its host cluster, which it shares with others: its exact
+// bytes are written to another place, packed closely after those that were moved before it, and it gives up its
+// references on the old place. A pack comes free when the last extent has left it.
+//
+// Where extents go to is a stretch: adjacent host clusters that were free, filled from the first byte on. While its
+// current cluster takes more, the stretch holds a reference of its own on it, so that it cannot come free under it; the
+// last extent that fits in there takes that reference over. So no refcount is ever below what refers, nor above what
+// its width can say.
+#pragma once
+
+#include "../image.h"
+
+#include <mutex>
+
+namespace qlean {
+
+class Repacker {
+  public:
+    explicit Repacker(Image &image) : image_(image), state_(image.state()) {}
+
+    enum class Outcome {
+        moved,
+        contended, ///< the guest is using it: come back later
+        gone,      ///< its entry is another one now: nothing to do
+        no_room,   ///< no place for it at the site, and no way to make one
+    };
+    /// Where extents are to go: free clusters below `end`, or if there are none, below `limit`.
+    struct Site {
+        HostCluster end, limit;
+    };
+    /// Moves guest cluster `c`, whose descriptor is `descriptor`, to the site; if it must, beyond the end of what is
+    /// used, to make a beginning. May commit; no lock held.
+    Outcome move(GuestCluster c, std::uint64_t descriptor, const Site &site);
+
+    /// `c` was filled by this object: nothing is gained by emptying it.
+    bool filled(HostCluster c) const;
+    /// Gives back what was reserved and not used. False: there was nothing.
+    bool close();
+
+  private:
+    struct Stretch {
+        Allocator::Reservation clusters; ///< from the current one on
+        HostOffset at, end;              ///< the next free byte, and where the stretch ends
+        std::uint64_t extents = 0;       ///< that refer to the current cluster
+    };
+    struct Place {
+        HostOffset at;
+        std::vector<HostRun> references;
+    };
+
+    std::optional<Place> place(std::uint64_t bytes, const Site &site);
+    bool open_stretch(std::uint64_t bytes, const Site &site);
+    void begin_stretch(Allocator::Reservation clusters);
+    Place take(Stretch &stretch, std::uint64_t bytes);
+
+    Image &image_;
+    State &state_;
+    mutable std::mutex mutex_; // protects what follows; held while committing to make room
+    std::vector<Stretch> stretches_;
+    std::vector<bool> filled_;
+    std::uint64_t grown_ = 0; ///< clusters taken beyond the site, to make a beginning
+};
+
+} // namespace qlean
