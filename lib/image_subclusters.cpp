@@ -155,7 +155,7 @@ void Image::fill_subclusters(GuestCluster c, const Mapping &m, SubclusterPlace &
             std::memcpy(whole.data() + (from - begin), bytes.data() + (from - within), to - from);
         state_.data.write(whole, host + begin);
     });
-    if (place.moves && !place.zero)
+    if (place.moves && !place.zero && !state_.raw_data)
         punch_all_but(state_, place.host, place.bitmap.data());
 }
 
@@ -203,12 +203,12 @@ Image::Outcome Image::zero_subclusters_in(GuestOffset at, std::uint64_t length, 
     const std::uint64_t within = g.within(at);
     to_write.clear();
     const RangeLock::Exclusive guard(state_.ranges, at, length);
-    if (!state_.mapper.ensure_table(c, growth, needs_table ? Mapper::Missing::create : Mapper::Missing::leave))
-        return Outcome::commit_first;
     Mapping m;
     state_.mapper.resolve(c, std::span(&m, 1));
     if (state_.contents.is_zero(c, m))
         return Outcome::done;
+    if (!state_.mapper.ensure_table(c, growth, needs_table ? Mapper::Missing::create : Mapper::Missing::leave))
+        return Outcome::commit_first;
     if (m.kind == Mapping::Kind::compressed) {
         to_write.push_back({within, length});
         return Outcome::done;
@@ -245,14 +245,14 @@ void Image::trim_subclusters(GuestOffset at, std::uint64_t length) {
     const std::uint64_t within = g.within(at), covering = covering_length(at, length);
     const auto change = [&](Allocator::Growth growth) {
         const RangeLock::Exclusive guard(state_.ranges, at, length);
-        if (!state_.mapper.ensure_table(c, growth, Mapper::Missing::leave))
-            return Outcome::commit_first;
         Mapping m;
         state_.mapper.survey(c, std::span(&m, 1));
         if (!m.has_host())
             return Outcome::done;
-        return give_up_subclusters(c, m, grid.covered(within, covering) & bitmap_of(m).data(), false,
-                                   {within, covering});
+        const Set gone = grid.covered(within, covering) & bitmap_of(m).data();
+        if (gone != 0 && !state_.mapper.ensure_table(c, growth, Mapper::Missing::leave))
+            return Outcome::commit_first;
+        return give_up_subclusters(c, m, gone, false, {within, covering});
     };
     try {
         with_room(change);

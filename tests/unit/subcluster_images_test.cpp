@@ -96,7 +96,7 @@ TEST_CASE("What no subcluster shows is never read, whatever the requests") {
         const auto disk = std::make_shared<FaultyDisk>(built.bytes);
         Bytes model = guest_bytes(built.bytes);
         auto image = open_image(disk);
-        REQUIRE(read_all(*image) == model);
+        REQUIRE((read_all(*image) == model));
         for (int n = 0; n < 400; ++n) {
             const std::uint64_t at = random() % model.size() / (n % 2 ? 1 : sub) * (n % 2 ? 1 : sub);
             std::uint64_t length = 1 + random() % (n % 8 == 0 ? 3 * cluster : 4 * sub);
@@ -131,13 +131,13 @@ TEST_CASE("What no subcluster shows is never read, whatever the requests") {
                 zero_scan_all(*image);
         }
         INFO("seed " << seed);
-        REQUIRE(read_all(*image) == model);
+        REQUIRE((read_all(*image) == model));
         image->close();
         image.reset();
         const Bytes after = disk->bytes();
         INFO(judge(after).text());
         REQUIRE(judge(after).clean());
-        REQUIRE(guest_bytes(after) == model);
+        REQUIRE((guest_bytes(after) == model));
     }
 }
 
@@ -165,7 +165,7 @@ TEST_CASE("A cluster is given back when its last subcluster is") {
         image->trim({cluster + (i * 5) % 32 * sub}, sub);
     }
     CHECK(image->state().allocator.retired_bytes() == cluster);
-    CHECK(read_some(*image, cluster, cluster) == bytes_of(cluster, 0));
+    CHECK((read_some(*image, cluster, cluster) == bytes_of(cluster, 0)));
     image->close();
     CHECK(judge(disk->bytes()).clean());
 }
