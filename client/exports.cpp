@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) 2026, the qlean authors
 //
-// Everything that is neither a disk, nor a snapshot, nor the status page is an operation: new ones need no new client.
+// Everything that is neither a disk, nor a snapshot, nor a page to read is an operation: new ones need no new client.
 #include "exports.h"
 
 #include "connection.h"
@@ -13,7 +13,8 @@ namespace qlean {
 std::vector<std::string> maintenance_exports(const Target &target) {
     std::vector<std::string> names = Connection::list_exports(target);
     std::erase_if(names, [](const std::string &name) {
-        return name.empty() || name == "status" || name == "check" || name.rfind("snapshot/", 0) == 0;
+        return name.empty() || name == "status" || name == "check" || name == "snapshots" ||
+               name.rfind("snapshot/", 0) == 0;
     });
     if (names.empty()) {
         return {"zeroes", "compact"};

@@ -89,6 +89,18 @@ int run(int argc, char **argv) {
     check_command->add_flag("--json", check.json, "Print the verdict as JSON");
     check_command->final_callback([&] { code = run_check(check); });
 
+    SnapshotOptions snapshot;
+    auto *snapshot_command = app.add_subcommand("snapshot", "List or delete internal snapshots");
+    snapshot_command->require_subcommand(1);
+    auto *snapshot_list = snapshot_command->add_subcommand("list", "Show the internal snapshots of an image");
+    add_common(snapshot_list, snapshot.target, snapshot.nbdkit);
+    snapshot_list->add_flag("--json", snapshot.json, "Print JSON");
+    snapshot_list->final_callback([&] { code = run_snapshot_list(snapshot); });
+    auto *snapshot_delete = snapshot_command->add_subcommand("delete", "Delete one and give its space back");
+    add_common(snapshot_delete, snapshot.target, snapshot.nbdkit);
+    snapshot_delete->add_option("NAME", snapshot.name, "Its name, or its id")->required();
+    snapshot_delete->final_callback([&] { code = run_snapshot_delete(snapshot); });
+
     ServeOptions serve;
     auto *serve_command = app.add_subcommand("serve", "Serve an image with nbdkit in the foreground");
     serve_command->add_option("IMAGE", serve.image, "The QCOW2 image")->required();

@@ -28,6 +28,13 @@ struct PlanOptions {
     bool json = false;
 };
 
+struct SnapshotOptions {
+    std::string target;
+    std::string name; // or id; only to delete
+    std::string nbdkit = "nbdkit";
+    bool json = false;
+};
+
 struct CompactOptions {
     std::string target;
     std::string nbdkit = "nbdkit";
@@ -61,6 +68,8 @@ ExitCode run_status(const StatusOptions &options);
 ExitCode run_plan(const PlanOptions &options);
 ExitCode run_compact(const CompactOptions &options);
 ExitCode run_check(const CheckOptions &options);
+ExitCode run_snapshot_list(const SnapshotOptions &options);
+ExitCode run_snapshot_delete(const SnapshotOptions &options);
 ExitCode run_serve(const ServeOptions &options);
 
 } // namespace qlean

@@ -253,6 +253,15 @@ Allocator::Reservation Allocator::reserve_contiguous_below(std::uint64_t count, 
     return {};
 }
 
+Allocator::Reservation Allocator::reserve_contiguous(std::uint64_t count) {
+    for (;;) {
+        if (auto found = reserve_contiguous_below(count, {end()}); !found.empty())
+            return found;
+        if (!grow(count))
+            return {};
+    }
+}
+
 void Allocator::embargo(HostRun run) {
     const std::lock_guard guard(mutex_);
     embargo_ = run;

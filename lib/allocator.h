@@ -80,9 +80,12 @@ class Allocator {
     /// From now on nobody is handed a cluster of `run` (empty: lifted), so that it can be emptied for a table.
     void embargo(HostRun run);
 
-    /// One more reference to each cluster of `run`, which stay in use until it is retired. To be followed by touch()
+    /// As reserve_contiguous_below the end of the file, which grows if it must. Empty: commit, and try again.
+    Reservation reserve_contiguous(std::uint64_t count);
+
+    /// More references to each cluster of `run`, which stay in use until as many are retired. To be followed by touch()
     /// when what refers is stored.
-    void add_references(HostRun run);
+    void add_references(HostRun run, std::uint64_t times = 1);
     /// What a walk beside this found out about `runs` may be out of date.
     void touch(const std::vector<HostRun> &runs);
     /// One reference less to each cluster: it is no longer in use by something in memory. Whoever relied on it has
@@ -96,7 +99,8 @@ class Allocator {
     struct Counts {
         std::uint64_t end, free, punching, retired;
         bool complete; ///< every region's free map is known
-        std::uint64_t live() const { return end - free - punching - retired; }
+        /// A cluster that is shared may be retired once for each reference, and so more often than it is there.
+        std::uint64_t live() const { return end - free - punching - std::min(retired, end - free - punching); }
     };
     Counts counts() const;
     std::uint64_t retired_bytes() const { return geometry_.bytes(retired_.load(std::memory_order_relaxed)); }

@@ -8,9 +8,10 @@
 
 namespace qlean {
 
-void Allocator::add_references(HostRun run) {
+void Allocator::add_references(HostRun run, std::uint64_t times) {
     const std::lock_guard guard(mutex_);
-    append_run(allocated_runs_, run);
+    for (std::uint64_t i = 0; i < times; ++i)
+        append_run(allocated_runs_, run);
     note(run);
 }
 

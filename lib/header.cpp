@@ -181,8 +181,8 @@ void Header::require_supported(const std::string &file) const {
     require_known(file);
     if (crypt_method != 0)
         unsupported(crypt_method == 2 ? "LUKS encryption" : "AES encryption");
-    if (snapshot_count != 0)
-        unsupported("internal snapshots");
+    if (snapshot_count != 0 && (incompatible & incompatible_data_file))
+        unsupported("internal snapshots of an external data file");
     if (compression_type > 1)
         unsupported(fmt::format("compression type {}", compression_type));
     // As QEMU: the bit says that it is not deflate.

@@ -35,6 +35,16 @@ void L1Table::relink(std::uint64_t i, HostOffset table) {
     set(i, entry::data(table));
 }
 
+void L1Table::relink_shared(std::uint64_t i, HostOffset table) {
+    const std::lock_guard guard(mutex_);
+    set(i, table.value);
+}
+
+void L1Table::set_copied(std::uint64_t i) {
+    const std::lock_guard guard(mutex_);
+    set(i, word(i) | entry::copied);
+}
+
 void L1Table::unlink(std::uint64_t i) {
     const std::lock_guard guard(mutex_);
     new_.erase(i);

@@ -40,8 +40,13 @@ class L1Table {
 
     /// Links a table that has not been written. Caller holds lock(i) exclusively.
     void link_new(std::uint64_t i, HostOffset table);
-    /// Points at a table whose whole content is at `table` already. Caller holds lock(i) exclusively, and leads.
+    /// Points at a table whose whole content is at `table` already. Caller holds lock(i) exclusively; unless it leads,
+    /// the old table stays as it is as long as a commit may be writing there (it is shared).
     void relink(std::uint64_t i, HostOffset table);
+    /// The same for a table that snapshots have too: it stays one that must be copied before it changes.
+    void relink_shared(std::uint64_t i, HostOffset table);
+    /// Nobody else has table i any more. Caller holds lock(i) exclusively.
+    void set_copied(std::uint64_t i);
     /// Removes the table. Caller holds lock(i) exclusively, and leads.
     void unlink(std::uint64_t i);
 

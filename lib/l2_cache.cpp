@@ -268,6 +268,10 @@ void L2Cache::copy_slice(Slice &slice, std::uint64_t *to, Copy &copy, std::uint6
         const std::lock_guard guard(slice.mutex);
         for (std::size_t i = 0; i < slice_words(); ++i)
             to[i] = big_endian(slice.words[i].load(std::memory_order_acquire));
+        // Asked while nothing can be stored: a table that was shared may get a home of its own, and what is stored
+        // after that must not reach the old one.
+        if (!copy.whole_new_table)
+            copy.at = home(slice.key.load(std::memory_order_acquire));
         copy.needs = std::max(copy.needs, std::exchange(slice.needs, 0));
         was_dirty = slice.dirty.exchange(false, std::memory_order_acq_rel);
     }
@@ -317,7 +321,6 @@ std::vector<L2Cache::Copy> L2Cache::take_dirty() {
                 copy_whole(table);
             } else {
                 Copy copy;
-                copy.at = home(key);
                 copy.words.resize(slice_words());
                 copy.table = table;
                 slice->pins.fetch_add(1, std::memory_order_relaxed);
@@ -354,21 +357,17 @@ void L2Cache::failed(const Copy &copy) {
 }
 
 std::vector<std::uint64_t> L2Cache::whole_table(std::uint64_t i) {
+    // Pinned before the file is read: what is not in memory now has reached the file.
+    std::vector<std::pair<std::uint64_t, Pin>> present;
+    for (std::uint64_t n = 0; n < slices_per_table() && i * slices_per_table() + n < keys_; ++n)
+        if (Slice *slice = pin_if_present(i * slices_per_table() + n))
+            present.emplace_back(n * slice_words(), Pin(this, slice));
     std::vector<std::uint64_t> words(geometry_.cluster_size() / 8);
-    const bool is_new = l1_.is_new(i);
-    if (!is_new)
+    if (!l1_.is_new(i))
         file_.read(std::as_writable_bytes(std::span(words)), l1_.table(i));
-    for (std::uint64_t n = 0; n < slices_per_table(); ++n) {
-        const std::uint64_t key = i * slices_per_table() + n;
-        if (key >= keys_)
-            break;
-        const std::uint64_t at = n * slice_words();
-        if (Slice *slice = pin_if_present(key)) {
-            for (std::uint64_t e = 0; e < slice_words(); ++e)
-                words[at + e] = big_endian(slice->words[e].load(std::memory_order_acquire));
-            slice->pins.fetch_sub(1, std::memory_order_release);
-        }
-    }
+    for (const auto &[at, pin] : present)
+        for (std::uint64_t e = 0; e < slice_words(); ++e)
+            words[at + e] = big_endian(pin.slice_->words[e].load(std::memory_order_acquire));
     return words;
 }
 

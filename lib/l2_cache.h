@@ -84,7 +84,7 @@ class L2Cache {
     void done(const Copy &copy);
     void failed(const Copy &copy);
 
-    /// The whole of table i as it is now, big-endian. Caller holds L1 lock(i) exclusively, and leads.
+    /// The whole of table i as it is now, big-endian. Caller holds L1 lock(i) exclusively.
     std::vector<std::uint64_t> whole_table(std::uint64_t i);
     /// Forgets table i, which was unlinked. Caller holds L1 lock(i) exclusively, and leads.
     void discard_table(std::uint64_t i);

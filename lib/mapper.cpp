@@ -72,13 +72,24 @@ void Mapper::survey(GuestCluster first, std::span<Mapping> out) {
         out[i] = judged(first + i, words[i]);
 }
 
+void Mapper::survey(const Snapshot &snapshot, GuestCluster first, std::span<Mapping> out) {
+    const std::uint64_t step = geometry_.entry_words();
+    std::vector<std::uint64_t> words(out.size() * step);
+    snapshots_.read(snapshot, first, words);
+    for (std::size_t i = 0; i < out.size(); ++i)
+        out[i] = judged(first + i, {words[i * step], step == 2 ? words[i * step + 1] : 0});
+}
+
 bool Mapper::ensure_table(GuestCluster c, Allocator::Growth growth, Missing missing) {
     const std::uint64_t i = geometry_.l1_index(c);
-    // Without snapshots a table is ours even where a crash left its flag clear.
-    if (l1_.table(i).value != 0 || missing == Missing::leave)
+    const auto nothing_to_do = [&] {
+        const std::uint64_t word = l1_.word(i);
+        return word == 0 ? missing == Missing::leave : !is_shared(word);
+    };
+    if (nothing_to_do())
         return true;
     const std::lock_guard guard(l1_.lock(i));
-    if (l1_.table(i).value != 0)
+    if (nothing_to_do())
         return true;
     auto home = allocator_.reserve(1, growth);
     if (home.empty())
@@ -86,6 +97,15 @@ bool Mapper::ensure_table(GuestCluster c, Allocator::Growth growth, Missing miss
     // A commit must not run out of space: without it nothing could ever be given back.
     const HostOffset at = geometry_.offset_of(home.extents().front().run.first);
     file_.reserve_space(at, geometry_.cluster_size());
+    if (const HostOffset shared = l1_.table(i); shared.value != 0) {
+        // Whole before it is linked. What its entries refer to keeps its count: that of the old table's path to it.
+        const auto words = l2_.whole_table(i);
+        file_.write(std::as_bytes(std::span(words)), at);
+        l1_.relink(i, at);
+        home.publish();
+        allocator_.retire({{geometry_.cluster_of(shared), 1}});
+        return true;
+    }
     l1_.link_new(i, at);
     home.publish();
     return true;

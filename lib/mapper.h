@@ -15,6 +15,7 @@
 #include "l1_table.h"
 #include "l2_cache.h"
 #include "l2_entry.h"
+#include "snapshots.h"
 
 #include <shared_mutex>
 #include <span>
@@ -24,9 +25,9 @@ namespace qlean {
 class Mapper {
   public:
     Mapper(const Geometry &geometry, const EntryFormat &format, File &file, L1Table &l1, L2Cache &l2,
-           Allocator &allocator, CompressedClusters &compressed)
-        : geometry_(geometry), format_(format), file_(file), l1_(l1), l2_(l2), allocator_(allocator),
-          compressed_(compressed) {}
+           Snapshots &snapshots, Allocator &allocator, CompressedClusters &compressed)
+        : geometry_(geometry), format_(format), file_(file), l1_(l1), l2_(l2), snapshots_(snapshots),
+          allocator_(allocator), compressed_(compressed) {}
 
     const EntryFormat &format() const { return format_; }
 
@@ -35,9 +36,12 @@ class Mapper {
     /// As resolve, passing by the cache, and taking a damaged entry as it is: for plans and walks.
     void survey(GuestCluster first, std::span<Mapping> out);
 
+    /// The same for a snapshot.
+    void survey(const Snapshot &snapshot, GuestCluster first, std::span<Mapping> out);
+
     enum class Missing { create, leave };
     /// To be called before entries of the table that maps `c` change for the guest: the table exists after this (unless
-    /// it may be missing). False: commit first, then ask again.
+    /// it may be missing), and is the active image's alone. False: commit first, then ask again.
     bool ensure_table(GuestCluster c, Allocator::Growth growth, Missing missing = Missing::create);
     /// The host clusters on which an entry holds a reference, one each.
     void append_references(std::vector<HostRun> &runs, const Mapping &mapping) const;
@@ -85,9 +89,14 @@ class Mapper {
         std::vector<L2Cache::Pin> pins_;
     };
 
-  private:
     /// Decoded; damaged if it points beyond the file, or, into a data file, elsewhere than to the guest's offset.
     Mapping judged(GuestCluster c, const L2Words &words) const;
+
+  private:
+    /// A snapshot may have this table too. Without snapshots it is ours even where a crash left its flag clear.
+    bool is_shared(std::uint64_t l1_word) const {
+        return l1_word != 0 && (l1_word & entry::copied) == 0 && snapshots_.any();
+    }
     void require_sane(GuestCluster c, const Mapping &mapping) const;
 
     Geometry geometry_;
@@ -95,6 +104,7 @@ class Mapper {
     File &file_;
     L1Table &l1_;
     L2Cache &l2_;
+    Snapshots &snapshots_;
     Allocator &allocator_;
     CompressedClusters &compressed_;
 };

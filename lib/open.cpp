@@ -172,6 +172,7 @@ std::unique_ptr<Image> Image::open(std::unique_ptr<File> file, const Options &op
     }
     const std::uint64_t end = std::max(file_end, counted_end);
     auto backing = open_backing(header, *file, options.above, options.cache_bytes / 2);
+    Snapshots::Loaded snapshots = Snapshots::load(*file, header, length);
     Opened opened{.file = std::move(file),
                   .data = std::move(data),
                   .backing = std::move(backing),
@@ -179,6 +180,7 @@ std::unique_ptr<Image> Image::open(std::unique_ptr<File> file, const Options &op
                   .header_sector = std::move(sector),
                   .l1_words = std::move(l1),
                   .refcount_table = std::move(table),
+                  .snapshots = std::move(snapshots),
                   .end = end,
                   .read_only = options.read_only,
                   .cache_bytes = options.cache_bytes};

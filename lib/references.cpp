@@ -2,6 +2,8 @@
 // Copyright (c) 2026, the qlean authors
 #include "references.h"
 
+#include <shared_mutex>
+
 namespace qlean {
 
 namespace {
@@ -42,7 +44,8 @@ void walk_active(State &state, const StopCheck &stop, ReferenceVisitor &visitor)
         if (table.value == 0)
             continue;
         require_going(stop);
-        visitor.metadata(Kind::l2_table, {g.cluster_of(table), 1});
+        const bool shared = state.snapshots.any() && (state.l1.word(i) & entry::copied) == 0;
+        visitor.metadata(shared ? Kind::shared_l2_table : Kind::l2_table, {g.cluster_of(table), 1});
         // All of it: entries beyond the end of the disk (VM state, a disk that was shrunk) hold clusters too.
         const std::uint64_t first = i * g.l2_entries(), end = first + g.l2_entries();
         bool empty = true;
@@ -58,11 +61,46 @@ void walk_active(State &state, const StopCheck &stop, ReferenceVisitor &visitor)
     }
 }
 
+/// What snapshots refer to. The caller keeps them from going meanwhile.
+void walk_snapshots(State &state, const StopCheck &stop, ReferenceVisitor &visitor) {
+    const Geometry &g = state.geometry;
+    const auto snapshots = state.snapshots.list();
+    std::vector<std::pair<Kind, HostRun>> fixed;
+    state.write_back.lead([&] {
+        fixed.push_back({Kind::snapshot_table, state.snapshots.table_run()});
+        for (const auto &snapshot : snapshots)
+            if (snapshot->l1_size() > 0)
+                fixed.push_back({Kind::snapshot_l1_table,
+                                 {g.cluster_of(snapshot->l1_home()), g.clusters_for(snapshot->l1_size() * 8)}});
+    });
+    for (const auto &[kind, run] : fixed)
+        visitor.metadata(kind, run);
+    std::vector<Mapping> mappings;
+    for (const auto &snapshot : snapshots)
+        for (std::uint64_t i = 0; i < snapshot->l1_size(); ++i) {
+            const HostOffset table = snapshot->table(i);
+            if (table.value == 0)
+                continue;
+            require_going(stop);
+            visitor.metadata(Kind::shared_l2_table, {g.cluster_of(table), 1});
+            const std::uint64_t first = i * g.l2_entries(), end = first + g.l2_entries();
+            for (std::uint64_t at = first; at < end; at += batch) {
+                mappings.resize(std::min(batch, end - at));
+                state.mapper.survey(*snapshot, {at}, mappings);
+                for (std::size_t n = 0; n < mappings.size(); ++n)
+                    visitor.snapshot_entry(*snapshot, {at + n}, mappings[n]);
+            }
+        }
+}
+
 } // namespace
 
 void walk_references(State &state, const StopCheck &stop, ReferenceVisitor &visitor) {
+    const std::shared_lock guard(state.snapshots.lock());
     walk_fixed(state, visitor);
     walk_active(state, stop, visitor);
+    if (state.snapshots.any())
+        walk_snapshots(state, stop, visitor);
 }
 
 } // namespace qlean

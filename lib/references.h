@@ -14,7 +14,17 @@ namespace qlean {
 /// What a walk meets. A cluster is met once for each reference it should be counted for.
 class ReferenceVisitor {
   public:
-    enum class Kind { header, l1_table, l2_table, refcount_table, refcount_block, bitmap };
+    enum class Kind {
+        header,
+        l1_table,
+        l2_table,        ///< the active image's own
+        shared_l2_table, ///< of a snapshot; or the active image's, which must copy it before it changes
+        refcount_table,
+        refcount_block,
+        snapshot_table,
+        snapshot_l1_table,
+        bitmap,
+    };
 
     virtual ~ReferenceVisitor() = default;
 
@@ -22,6 +32,8 @@ class ReferenceVisitor {
     virtual void metadata(Kind kind, HostRun run) = 0;
     /// An L2 entry of the active image, unallocated ones included; also those beyond the end of the disk.
     virtual void entry(GuestCluster c, const Mapping &mapping) = 0;
+    /// An L2 entry of a snapshot; of each snapshot by itself, even where they share the table.
+    virtual void snapshot_entry(const Snapshot &snapshot, GuestCluster c, const Mapping &mapping) = 0;
     /// All entries of L2 table `i` of the active image have been met.
     virtual void table_done(std::uint64_t i, bool empty) = 0;
 };

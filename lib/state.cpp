@@ -9,12 +9,13 @@ State::State(Opened o)
       data(data_owner ? *data_owner : file),
       raw_data(o.header.has_data_file() && (o.header.autoclear & Header::autoclear_data_file_raw)), geometry(o.header.geometry()), read_only(o.read_only), syncs(file, data),
       header(file, o.header, std::move(o.header_sector)), l1(std::move(o.l1_words), o.header.l1_offset),
-      l2(geometry, file, syncs, l1, o.cache_bytes),
+      snapshots(geometry, file, syncs, l1, std::move(o.snapshots)), l2(geometry, file, syncs, l1, o.cache_bytes),
       refcounts(geometry, file, std::move(o.refcount_table), o.header.refcount_table_offset),
       allocator(geometry, file, refcounts, o.end, [this] { return used_runs(); }),
-      write_back(geometry, read_only, file, syncs, header, l1, l2, refcounts, allocator), ranges(geometry),
+      write_back(geometry, read_only, file, syncs, header, l1, l2, snapshots, refcounts, allocator),
+      ranges(geometry),
       compressed(geometry, static_cast<Compression>(o.header.compression_type), file),
-      mapper(geometry, o.header.entry_format(), file, l1, l2, allocator, compressed),
+      mapper(geometry, o.header.entry_format(), file, l1, l2, snapshots, allocator, compressed),
       contents(geometry, data, backing.get(), compressed),
       bitmaps(Bitmaps::open(geometry, file, header, refcounts, allocator, write_back, [this] { return metadata_runs(); })),
       cache_bytes(o.cache_bytes), opened_end(o.end) {
@@ -34,6 +35,8 @@ std::vector<HostRun> State::metadata_runs() const {
     for (std::uint64_t i = 0; i < l1.size(); ++i)
         if (const HostOffset table = l1.table(i); table.value != 0)
             runs.push_back({geometry.cluster_of(table), 1});
+    const auto of_snapshots = snapshots.metadata_runs();
+    runs.insert(runs.end(), of_snapshots.begin(), of_snapshots.end());
     return runs;
 }
 

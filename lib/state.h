@@ -17,6 +17,7 @@
 #include "mapper.h"
 #include "range_lock.h"
 #include "refcounts.h"
+#include "snapshots.h"
 #include "write_back.h"
 
 #include <memory>
@@ -31,6 +32,7 @@ struct Opened {
     Header header;
     std::vector<std::byte> header_sector;
     std::vector<std::uint64_t> l1_words, refcount_table; ///< as read, big-endian
+    Snapshots::Loaded snapshots;
     std::uint64_t end;                                   ///< clusters of the file
     bool read_only;
     std::uint64_t cache_bytes;
@@ -49,6 +51,7 @@ struct State {
     SyncLog syncs;
     HeaderHome header;
     L1Table l1;
+    Snapshots snapshots;
     L2Cache l2;
     Refcounts refcounts;
     Allocator allocator;
@@ -61,8 +64,8 @@ struct State {
     const std::uint64_t cache_bytes;
     const std::uint64_t opened_end; ///< clusters of the file when it was opened
 
-    /// Header, L1, refcount table and blocks, L2 tables: in use, whatever their refcounts say. Bitmaps are not among
-    /// them.
+    /// Header, L1, refcount table and blocks, L2 tables, those of snapshots: in use, whatever their refcounts say.
+    /// Bitmaps are not among them.
     std::vector<HostRun> metadata_runs() const;
     /// These, and what the bitmaps have.
     std::vector<HostRun> used_runs() const;

@@ -21,12 +21,13 @@ struct WriteBack::Round {
     std::vector<HostRun> retired;
     std::vector<L1Table::DirtyRun> l1;
     std::vector<L2Cache::Copy> l2;
+    std::vector<PendingWords::Copy> words;
 };
 
 WriteBack::WriteBack(const Geometry &geometry, bool read_only, File &file, SyncLog &syncs, HeaderHome &header,
-                     L1Table &l1, L2Cache &l2, Refcounts &refcounts, Allocator &allocator)
+                     L1Table &l1, L2Cache &l2, Snapshots &snapshots, Refcounts &refcounts, Allocator &allocator)
     : geometry_(geometry), read_only_(read_only), file_(file), syncs_(syncs), header_(header), l1_(l1), l2_(l2),
-      refcounts_(refcounts), allocator_(allocator) {}
+      snapshots_(snapshots), refcounts_(refcounts), allocator_(allocator) {}
 
 void WriteBack::require_healthy() const {
     if (poisoned())
@@ -55,7 +56,7 @@ void WriteBack::before_change() {
 }
 
 bool WriteBack::anything_to_commit() const {
-    return l1_.dirty() || l2_.dirty_bytes() != 0 || allocator_.retired_bytes() != 0;
+    return l1_.dirty() || l2_.dirty_bytes() != 0 || snapshots_.pending.any() || allocator_.retired_bytes() != 0;
 }
 
 void WriteBack::sync() {
@@ -164,6 +165,7 @@ void WriteBack::run(Give give) {
     round.retired = allocator_.take_retired();
     round.l1 = l1_.take_dirty();
     round.l2 = l2_.take_dirty();
+    round.words = snapshots_.pending.take(); // after the slices: never older than they are
     try {
         write_first(round);
         // New tables are durable as a whole from here on, even if what makes them reachable fails: what is stored in
@@ -183,6 +185,7 @@ void WriteBack::run(Give give) {
     }
     for (const auto &copy : round.l2)
         l2_.done(copy);
+    snapshots_.pending.done(round.words);
     unlinked_.insert(unlinked_.end(), round.retired.begin(), round.retired.end());
     if (give == Give::back && !unlinked_.empty()) {
         // Phase 3: lowered only now that nothing durable points there any more; free only when that is durable too.
@@ -256,6 +259,7 @@ void WriteBack::publish(const Round &round) {
         file_.write(std::as_bytes(std::span(run.words)), run.at);
         wrote = true;
     }
+    wrote = snapshots_.pending.write(round.words) || wrote;
     if (wrote)
         sync();
 }

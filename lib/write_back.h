@@ -3,9 +3,10 @@
 //
 // Commits: the only writer of metadata, in the one order that a power cut cannot hurt.
 //
-//   copy: retired list, L1 runs, L2 slices, refcount increments (the publisher before what it relies on)
+//   copy: retired list, L1 runs, L2 slices, words of snapshots' tables, refcount increments (the publisher before what
+//         it relies on)
 //   1. refcounts and new tables (and the decrements an earlier commit made safe)   → sync
-//   2. L2 slices and L1 runs                                                        → sync
+//   2. L2 slices, L1 runs, words                                                    → sync
 //   3. giving back: decrements of what 2 unlinked → sync → those clusters are free
 //
 // There is one leader at a time. A flush that arrives after the leader has begun to copy joins the next round;
@@ -17,6 +18,7 @@
 #include "l1_table.h"
 #include "l2_cache.h"
 #include "refcounts.h"
+#include "snapshots.h"
 
 #include <condition_variable>
 #include <functional>
@@ -27,7 +29,7 @@ namespace qlean {
 class WriteBack {
   public:
     WriteBack(const Geometry &geometry, bool read_only, File &file, SyncLog &syncs, HeaderHome &header, L1Table &l1,
-              L2Cache &l2, Refcounts &refcounts, Allocator &allocator);
+              L2Cache &l2, Snapshots &snapshots, Refcounts &refcounts, Allocator &allocator);
 
     enum class Give { later, back };
     /// Makes everything that completed before the call durable; with Give::back also frees what was retired by then.
@@ -97,6 +99,7 @@ class WriteBack {
     HeaderHome &header_;
     L1Table &l1_;
     L2Cache &l2_;
+    Snapshots &snapshots_;
     Refcounts &refcounts_;
     Allocator &allocator_;
 

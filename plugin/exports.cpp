@@ -4,9 +4,11 @@
 
 #include "check_page.h"
 #include "lib/compact/compact.h"
+#include "lib/compact/snapshot_delete.h"
 #include "lib/compact/zero_scan.h"
 #include "lib/error.h"
 #include "nbdkit.h"
+#include "snapshot_exports.h"
 #include "status_page.h"
 
 namespace qlean::plugin {
@@ -135,10 +137,13 @@ void Export::extents(std::uint64_t at, std::uint64_t length, std::size_t, const 
 }
 void Export::cache(std::uint64_t, std::uint64_t) {}
 
-std::vector<std::string> export_names() {
-    if (server().checked)
+std::vector<std::string> export_names(Server &server) {
+    if (server.checked)
         return {"check"};
-    return {"", "compact", "zeroes", "status", "check"};
+    std::vector<std::string> names = {"", "compact", "zeroes", "status", "check", "snapshots"};
+    const auto snapshots = snapshot_export_names(server);
+    names.insert(names.end(), snapshots.begin(), snapshots.end());
+    return names;
 }
 
 std::unique_ptr<Export> open_export(Server &server, const std::string &name, bool read_only) {
@@ -163,9 +168,19 @@ std::unique_ptr<Export> open_export(Server &server, const std::string &name, boo
                                                    std::make_unique<ZeroScan>(*server.image, server.gauges), read_only);
     if (name == "status")
         return std::make_unique<StatusExport>(server);
-    throw Error(
-        Error::Kind::unsupported, ENOENT,
-        fmt::format("there is no export '{}'; the exports are '' (the disk), 'compact', 'zeroes', 'status' and 'check'", name));
+    if (name == "snapshots")
+        return open_snapshots_page(server);
+    if (const std::string prefix = "snapshot/"; name.rfind(prefix, 0) == 0)
+        return open_snapshot_export(server, name.substr(prefix.size()));
+    if (const std::string prefix = "snapshot-delete/"; name.rfind(prefix, 0) == 0)
+        return std::make_unique<MaintenanceExport>(
+            server, name,
+            std::make_unique<SnapshotDelete>(*server.image, server.ownership, connection, name.substr(prefix.size())),
+            read_only);
+    throw Error(Error::Kind::unsupported, ENOENT,
+                fmt::format("there is no export '{}'; the exports are '' (the disk), 'compact', 'zeroes', 'status', "
+                            "'check' and 'snapshots'",
+                            name));
 }
 
 } // namespace qlean::plugin

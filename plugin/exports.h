@@ -39,7 +39,7 @@ class Export {
 };
 
 /// The names that are served, the disk's ("") first.
-std::vector<std::string> export_names();
+std::vector<std::string> export_names(Server &server);
 /// Throws Error if there is no export of that name.
 std::unique_ptr<Export> open_export(Server &server, const std::string &name, bool read_only);
 

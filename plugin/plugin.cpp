@@ -92,7 +92,7 @@ int after_fork() {
 void cleanup() { server().gate.shut(leave); }
 
 int list_exports(int, int, nbdkit_exports *exports) {
-    for (const auto &name : export_names())
+    for (const auto &name : export_names(server()))
         if (nbdkit_add_export(exports, name.c_str(), nullptr) == -1)
             return -1;
     return 0;

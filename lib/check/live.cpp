@@ -85,6 +85,7 @@ CheckReport check_image(State &state, Repair how, const StopCheck &stop) {
                                 state.file.name()));
     if (how != Repair::none)
         state.write_back.before_change();
+    const std::shared_lock snapshots_stay(state.snapshots.lock());
     const Allocator::Watch watch(state.allocator);
     if (!state.read_only) {
         state.ranges.drain();

@@ -5,6 +5,9 @@
 #include "bitmap_moves.h"
 #include "metadata_moves.h"
 #include "relocator.h"
+#include "snapshot_delete.h"
+
+#include <shared_mutex>
 
 namespace qlean {
 
@@ -17,6 +20,8 @@ constexpr std::uint64_t min_moved_bytes = 1024 * 1024;
 constexpr std::uint64_t step_bytes = 32 * 1024 * 1024;
 constexpr std::uint64_t file_share = 128;
 constexpr int max_rounds = 8;
+/// What is remembered of a walk over snapshots.
+constexpr std::size_t max_snapshot_work = 65536;
 
 } // namespace
 
@@ -46,15 +51,17 @@ void Compact::prepare(const StopCheck &stop) {
     pinned_ = cluster_count(survey.pinned);
     gauges_.pinned = static_cast<std::int64_t>(pinned_);
     empty_tables_ = {survey.empty_tables.begin(), survey.empty_tables.end()};
+    lacks_copied_flags_ = survey.lacks_copied_flags || !surplus_.empty();
     if (!leaked_.empty() || !surplus_.empty())
         watch_ = std::move(watch);
     state_.allocator.load_all();
-    has_packs_ = survey.how_packed.has_value() && state_.header.header().snapshot_count == 0;
+    has_packs_ = survey.how_packed.has_value() && !state_.snapshots.any();
     if (has_packs_)
         measure_packs(*survey.how_packed);
     measure();
-    // A free tail, such as a killed server leaves, is worth a FLUSH even if nothing moves.
-    if (!surplus_.empty() || state_.allocator.highest_in_use({0}).value < state_.allocator.end())
+    // A free tail, such as a killed server leaves, is worth a FLUSH even if nothing moves; so are counts that are too high
+    // and flags that are missing.
+    if (!surplus_.empty() || lacks_copied_flags_ || state_.allocator.highest_in_use({0}).value < state_.allocator.end())
         gauges_.pending = static_cast<std::int64_t>(++layout_.pending);
     prepared_ = true;
 }
@@ -87,8 +94,47 @@ std::uint64_t Compact::taken_out_of_live() const {
 void Compact::measure() {
     const std::uint64_t live = has_packs_ ? live_goal_ + taken_out_of_live() : state_.allocator.counts().live();
     layout_ = Layout::measure(state_, live, cluster_count(leaked_), empty_tables_.size());
+    if (state_.snapshots.any())
+        look_at_snapshots();
     gauges_.ideal_end = static_cast<std::int64_t>(state_.geometry.bytes(layout_.end.value));
     gauges_.pending = static_cast<std::int64_t>(layout_.pending);
+}
+
+/// With mutex_ held. Every FLUSH measures, and snapshots may have many tables: walking them takes at most a tenth of
+/// the time, but what is said to be nothing is nothing.
+void Compact::look_at_snapshots() {
+    using Clock = std::chrono::steady_clock;
+    const std::shared_lock guard(state_.snapshots.lock());
+    const auto began = Clock::now();
+    if (snapshot_work_.pending == 0 || (snapshot_work_.clusters.empty() && snapshot_work_.tables.empty()) ||
+        began - snapshots_walked_ >= snapshot_walk_took_ * 10) {
+        snapshot_work_ = find_snapshot_work(state_, layout_.end, max_snapshot_work, never);
+        snapshots_walked_ = Clock::now();
+        snapshot_walk_took_ = snapshots_walked_ - began;
+    }
+    layout_.pending += snapshot_work_.pending;
+}
+
+/// A step of it. With mutex_ held.
+SnapshotWork Compact::take_snapshot_work() {
+    SnapshotWork work;
+    auto &clusters = snapshot_work_.clusters;
+    const auto most = static_cast<std::ptrdiff_t>(std::min<std::uint64_t>(
+        std::max<std::uint64_t>(most_uncommitted() / state_.geometry.cluster_size(), 1), clusters.size()));
+    work.clusters.assign(clusters.end() - most, clusters.end());
+    clusters.erase(clusters.end() - most, clusters.end());
+    work.tables = std::exchange(snapshot_work_.tables, {});
+    return work;
+}
+
+/// A walk that reads snapshots' tables from the file would not find them where it saw them.
+std::unique_lock<RwLock> Compact::keep_walks_out() {
+    return state_.snapshots.any() ? std::unique_lock(state_.snapshots.lock()) : std::unique_lock<RwLock>();
+}
+
+/// Bytes that may be moved and still occupy their source.
+std::uint64_t Compact::most_uncommitted() const {
+    return std::clamp(state_.geometry.bytes(state_.allocator.end()) / file_share, min_moved_bytes, max_moved_bytes);
 }
 
 Compact::Wanted Compact::wanted(const StopCheck &stop) {
@@ -207,8 +253,7 @@ Compact::Work Compact::find_work(GuestCluster first, GuestCluster last, const Wa
 /// Keeps what was moved and still occupies its source within bounds: `bytes` may be moved when this returns. Requests
 /// in parallel that come to the limit wait for the one that gives back, or they would fill the host's disk meanwhile.
 void Compact::wait_for_room(std::uint64_t bytes) {
-    const std::uint64_t limit = std::max(bytes, std::clamp(state_.geometry.bytes(state_.allocator.end()) / file_share,
-                                                           min_moved_bytes, max_moved_bytes));
+    const std::uint64_t limit = std::max(bytes, most_uncommitted());
     for (;;) {
         std::uint64_t taken = unreturned_;
         while (taken + bytes <= limit)
@@ -250,13 +295,20 @@ void Compact::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) {
     ownership_.claim(name_, connection_);
     const Wanted want = wanted(stop);
     const HostCluster end = want.end;
+    {
+        // Before anything moves: what has moved is no longer what the walk found.
+        const std::lock_guard guard(mutex_);
+        retire_leaked();
+    }
     const Work work = find_work(g.cluster_of(at), g.cluster_of(at + (length - 1)), want);
-    if (!work.tables.empty())
+    if (!work.tables.empty()) {
+        const auto no_walk = keep_walks_out();
         state_.write_back.lead([&] {
             for (const std::uint64_t i : work.tables)
                 if (move_l2_table(state_, i, end))
                     gauges_.moved_bytes += g.cluster_size();
         });
+    }
     if (!work.clusters.empty())
         move_plain(work, want, stop);
     move_extents(work, want, stop);
@@ -312,9 +364,15 @@ void Compact::commit(const StopCheck &stop) {
     const std::lock_guard commit_guard(commit_mutex_);
     const std::uint64_t returned = moved_;
     const std::uint64_t end_before = state_.allocator.end();
+    bool lacks_copied_flags = false;
     {
         const std::lock_guard guard(mutex_);
         retire_leaked();
+        lacks_copied_flags = std::exchange(lacks_copied_flags_, false);
+    }
+    if (lacks_copied_flags) {
+        state_.write_back.commit(WriteBack::Give::back);
+        set_copied_flags(state_);
     }
     // One thing makes room for the next: what is dropped for what moves, what moved for the cut, the cut for what is
     // dropped then.
@@ -355,13 +413,30 @@ void Compact::settle_metadata(const Layout &layout, const StopCheck &stop) {
             Allocator &allocator;
             ~EmbargoEnds() { allocator.embargo({}); }
         } const embargo_ends{state_.allocator};
-        if (const std::uint64_t wanted = adjacent_clusters_wanted(state_, layout)) {
+        SnapshotWork work;
+        if (state_.snapshots.any()) {
+            {
+                const std::lock_guard guard(mutex_);
+                work = take_snapshot_work();
+            }
+            const std::uint64_t moved = move_snapshot_clusters(state_, work, layout.end, stop);
+            gauges_.moved_bytes += state_.geometry.bytes(moved);
+            {
+                const std::lock_guard guard(mutex_);
+                snapshot_work_.pending -= std::min(snapshot_work_.pending, moved);
+            }
+            state_.write_back.commit(WriteBack::Give::back);
+        }
+        const std::uint64_t wanted =
+            std::max(adjacent_clusters_wanted(state_, layout), adjacent_clusters_of_snapshots(state_, layout.end));
+        if (wanted != 0) {
             const auto repack = [&](GuestCluster c, std::uint64_t descriptor) {
                 repacker_.move(c, descriptor, {layout.end, layout.end});
             };
             if (empty_window(state_, layout, wanted, repack))
                 state_.write_back.commit(WriteBack::Give::back);
         }
+        const auto no_walk = keep_walks_out();
         state_.write_back.lead([&] {
             const std::uint64_t most = std::max<std::uint64_t>(step_bytes / state_.geometry.cluster_size(), 1);
             for (const std::uint64_t i : empty)
@@ -369,8 +444,12 @@ void Compact::settle_metadata(const Layout &layout, const StopCheck &stop) {
             std::uint64_t moved = 0;
             for (std::uint64_t i = 0; i < state_.l1.size() && moved < most; ++i)
                 moved += move_l2_table(state_, i, layout.end);
+            for (const auto &[i, table] : work.tables)
+                move_snapshot_l2_table(state_, i, table, layout.end);
             state_.write_back.commit_as_leader(WriteBack::Give::back);
             move_l1_table(state_, layout);
+            move_snapshot_l1_tables(state_, layout.end);
+            move_snapshot_table(state_, layout.end);
             move_refcount_table(state_, layout);
             move_bitmaps(state_, layout.end, most);
             move_refcount_blocks(state_, layout, most);

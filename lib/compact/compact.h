@@ -12,8 +12,10 @@
 #include "maintenance.h"
 #include "relocator.h"
 #include "repack.h"
+#include "snapshot_moves.h"
 #include "survey.h"
 
+#include <chrono>
 #include <set>
 
 namespace qlean {
@@ -58,6 +60,10 @@ class Compact final : public Maintenance {
     void move_extents(const Work &work, const Wanted &want, const StopCheck &stop);
     bool repack(GuestCluster c, std::uint64_t descriptor, const Wanted &want);
     std::uint64_t taken_out_of_live() const;
+    void look_at_snapshots();
+    SnapshotWork take_snapshot_work();
+    std::unique_lock<RwLock> keep_walks_out();
+    std::uint64_t most_uncommitted() const;
     void settle_metadata(const Layout &layout, const StopCheck &stop);
     void cut(const StopCheck &stop);
     void retire_leaked();
@@ -73,7 +79,8 @@ class Compact final : public Maintenance {
     bool prepared_ = false;
     Layout layout_;
     std::vector<HostRun> leaked_, surplus_;
-    std::unique_ptr<Allocator::Watch> watch_; // what happened to leaked_ since it was found
+    std::unique_ptr<Allocator::Watch> watch_; // what happened to these since they were found
+    bool lacks_copied_flags_ = false;
     std::set<std::uint64_t> empty_tables_;
     std::uint64_t pinned_ = 0;
     // Where there are compressed clusters; as of the walk that preceded the last plan:
@@ -84,6 +91,9 @@ class Compact final : public Maintenance {
     std::uint64_t live_goal_ = 0; ///< clusters in use when all is done, without what Layout::measure takes out
     HostCluster site_end_{0};     ///< below it, what comes free is for compressed extents
     std::uint64_t slack_ = 0;                          ///< more than the ideal, because there was no room
+    SnapshotWork snapshot_work_; // as of the last walk over the snapshots' tables, less what was taken from it
+    std::chrono::steady_clock::time_point snapshots_walked_{};
+    std::chrono::steady_clock::duration snapshot_walk_took_{};
 
     Repacker repacker_;
     std::atomic<std::uint64_t> placed_{0}, unplaced_{0}; ///< bytes of extents, and those that found no room since then

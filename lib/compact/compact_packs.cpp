@@ -74,7 +74,7 @@ void Compact::refresh(const StopCheck &stop) {
 
 bool Compact::to_repack(const Mapping &mapping, const Wanted &wanted) const {
     // What a snapshot may share would only be there twice.
-    if (mapping.kind != Mapping::Kind::compressed || state_.header.header().snapshot_count != 0)
+    if (mapping.kind != Mapping::Kind::compressed || state_.snapshots.any())
         return false;
     std::vector<HostRun> runs;
     state_.mapper.append_references(runs, mapping);

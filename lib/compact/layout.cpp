@@ -31,7 +31,9 @@ Layout Layout::measure(State &state, std::uint64_t live, std::uint64_t leaked, s
                 unusable += std::min(end, region * region_clusters) - gap;
             next_region = region + 1;
         }
-        const std::uint64_t needed = base + kept + layout.table_clusters + unusable;
+        // The table keeps its length until blocks beyond its new one are gone, and these go when the file has been cut.
+        const bool keeps_length = !blocks.empty() && blocks.back().first >= g.bytes(layout.table_clusters) / 8;
+        const std::uint64_t needed = base + kept + (keeps_length ? table_now : layout.table_clusters) + unusable;
         if (needed <= end) {
             layout.end = {end};
             break;

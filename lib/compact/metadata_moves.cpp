@@ -5,6 +5,7 @@
 #include "../byte_order.h"
 #include "bitmap_moves.h"
 #include "relocator.h"
+#include "snapshot_moves.h"
 
 #include <mutex>
 
@@ -50,18 +51,27 @@ bool move_l2_table(State &state, std::uint64_t i, HostCluster end) {
     if (reserved.empty())
         return false;
     const HostCluster destination = reserved.extents().front().run.first;
-    HostCluster source;
+    std::vector<HostRun> retired;
     {
         const std::lock_guard guard(state.l1.lock(i));
         const HostOffset home = state.l1.table(i);
         if (home.value == 0)
             return false;
-        source = g.cluster_of(home);
+        const auto sharers = snapshots_with_table(state, i, home);
+        if (!may_move_table(state, home))
+            return false;
         write_words(state, state.l2.whole_table(i), g.offset_of(destination));
-        state.l1.relink(i, g.offset_of(destination));
+        retired.assign(1 + sharers.size(), HostRun{g.cluster_of(home), 1});
+        if (sharers.empty()) {
+            state.l1.relink(i, g.offset_of(destination));
+        } else {
+            state.allocator.add_references({destination, 1}, sharers.size());
+            state.l1.relink_shared(i, g.offset_of(destination));
+            relink_snapshots(state, i, sharers, g.offset_of(destination));
+        }
     }
     reserved.publish();
-    state.allocator.retire({{source, 1}});
+    state.allocator.retire(retired);
     return true;
 }
 
@@ -222,12 +232,18 @@ void move_l1_table(State &state, const Layout &layout) {
 // --- making room for what must be adjacent ------------------------------------------------------------------------
 
 std::uint64_t adjacent_clusters_wanted(State &state, const Layout &layout) {
+    const Geometry &g = state.geometry;
     std::uint64_t most = adjacent_bitmap_clusters_wanted(state, layout.end);
     if (const std::uint64_t n = l1_clusters(state); beyond(state, state.l1.home(), n, layout.end))
         most = std::max(most, n);
     const std::uint64_t now = state.refcounts.table_clusters();
-    if (layout.table_clusters != now || beyond(state, state.refcounts.home(), now, layout.end))
-        most = std::max(most, layout.table_clusters);
+    if (layout.table_clusters != now || beyond(state, state.refcounts.home(), now, layout.end)) {
+        // As long as it has to keep its length for blocks that go, it moves at most to where they wait: a window would
+        // be emptied for nothing, and the guest's clusters that leave it take the room of those that come down.
+        const auto blocks = state.refcounts.blocks();
+        if (blocks.empty() || blocks.back().first < g.bytes(layout.table_clusters) / 8)
+            most = std::max(most, layout.table_clusters);
+    }
     return most;
 }
 
@@ -249,6 +265,8 @@ bool empty_window(State &state, const Layout &layout, std::uint64_t count,
             mappings.resize(state.mapper.table_end(first) - first);
             state.mapper.survey(first, mappings);
             for (std::size_t n = 0; n < mappings.size(); ++n) {
+                if (mappings[n].kind == Mapping::Kind::compressed && state.snapshots.any())
+                    continue; // a snapshot may have it too: it stays
                 references.clear();
                 state.mapper.append_references(references, mappings[n]);
                 for (const HostRun &run : references)
@@ -256,6 +274,14 @@ bool empty_window(State &state, const Layout &layout, std::uint64_t count,
                         f(first + n, mappings[n], host);
             }
         }
+        if (state.snapshots.any())
+            each_snapshot_mapping(state, never, [&](GuestCluster c, HostCluster host) {
+                Mapping m;
+                m.kind = Mapping::Kind::data;
+                m.host = host;
+                if (host.value < end)
+                    f(c, m, host);
+            });
     };
     each_mapped([&](GuestCluster, const Mapping &, HostCluster host) { mapped[host.value] = true; });
     // The window with the fewest clusters to move.

@@ -46,7 +46,10 @@ class Counter : public ReferenceVisitor {
   public:
     explicit Counter(State &state) : state_(state) {}
 
-    void metadata(Kind, HostRun run) override { survey.metadata += run.count; }
+    void metadata(Kind kind, HostRun run) override {
+        if (kind != Kind::shared_l2_table || first_time(run.first))
+            survey.metadata += run.count;
+    }
     void entry(GuestCluster, const Mapping &m) override {
         if (state_.mapper.format().external_data)
             return;
@@ -61,11 +64,16 @@ class Counter : public ReferenceVisitor {
         }
         if (!m.has_host())
             return;
-        ++survey.data;
+        if (m.copied || !state_.snapshots.any() || first_time(m.host))
+            ++survey.data;
         if (any_ && m.host != expected_)
             ++survey.fragmented;
         any_ = true;
         expected_ = m.host + 1;
+    }
+    void snapshot_entry(const Snapshot &, GuestCluster, const Mapping &m) override {
+        if (m.has_host() && first_time(m.host))
+            ++survey.data;
     }
     void table_done(std::uint64_t i, bool empty) override {
         if (empty)
@@ -86,8 +94,18 @@ class Counter : public ReferenceVisitor {
     }
 
   private:
+    /// For what is referred to more than once.
+    bool first_time(HostCluster c) {
+        if (seen_.size() <= c.value)
+            seen_.resize(std::max<std::uint64_t>(c.value + 1, seen_.size() * 2));
+        const bool first = !seen_[c.value];
+        seen_[c.value] = true;
+        return first;
+    }
+
     State &state_;
     std::vector<HostRun> references_;
+    std::vector<bool> seen_; ///< of what may be shared
     HostCluster expected_{0};
     bool any_ = false;
 };
@@ -100,7 +118,7 @@ class Auditor final : public Counter {
     void metadata(Kind kind, HostRun run) override {
         Counter::metadata(kind, run);
         references.add(run);
-        for (HostCluster c = run.first; c < run.end(); ++c)
+        for (HostCluster c = run.first; c < run.end() && kind != Kind::shared_l2_table; ++c)
             set(owned, c);
     }
     void entry(GuestCluster c, const Mapping &m) override {
@@ -111,17 +129,27 @@ class Auditor final : public Counter {
         state_.mapper.append_references(runs_, m);
         for (const HostRun &run : runs_)
             references.add(run);
-        if (m.has_host() && m.copied && !runs_.empty())
-            set(owned, m.host);
+        if (m.has_host() && !runs_.empty())
+            set(m.copied ? owned : unflagged, m.host);
         if (m.kind == Mapping::Kind::compressed && !runs_.empty()) {
             if (!survey.how_packed)
                 survey.how_packed.emplace(state_.geometry);
             survey.how_packed->add(entry::compressed_extent(m.bits, state_.geometry.cluster_bits()));
         }
     }
+    void snapshot_entry(const Snapshot &snapshot, GuestCluster c, const Mapping &m) override {
+        Counter::snapshot_entry(snapshot, c, m);
+        if (m.kind == Mapping::Kind::damaged && !damaged)
+            damaged = c;
+        runs_.clear();
+        state_.mapper.append_references(runs_, m);
+        for (const HostRun &run : runs_)
+            references.add(run);
+    }
 
     ReferenceCounts references;
-    std::vector<bool> owned; ///< by somebody who may write there, so nobody else may refer to it
+    std::vector<bool> owned;     ///< by somebody who may write there, so nobody else may refer to it
+    std::vector<bool> unflagged; ///< by an entry of the active image without COPIED
     std::optional<GuestCluster> damaged;
 
   private:
@@ -140,6 +168,7 @@ Packs survey_packs(State &state, const StopCheck &stop) {
             if (m.kind == Mapping::Kind::compressed)
                 packs.add(entry::compressed_extent(m.bits, bits_));
         }
+        void snapshot_entry(const Snapshot &, GuestCluster, const Mapping &) override {}
         void table_done(std::uint64_t, bool) override {}
         Packs packs;
 
@@ -222,13 +251,18 @@ Survey verify_image(State &state, const Allocator::Watch &watch, const StopCheck
     for (const auto &[cluster, count, referrers] : too_many) {
         if (is_changed(cluster))
             continue;
+        if (!may_free || count - referrers > max_surplus) {
+            if (referrers == 0)
+                append_run(survey.pinned, {{cluster}, 1});
+            continue;
+        }
         if (referrers == 0)
-            append_run(may_free && count == 1 ? survey.leaked : survey.pinned, {{cluster}, 1});
-        // Of a pack that was being filled or emptied when a server was killed. Not of others: what is counted once is
-        // marked so in its entry, and an extent has no such mark.
-        else if (may_free && cluster < audit.packs.size() && audit.packs[cluster] && count - referrers <= max_surplus)
-            survey.surplus.insert(survey.surplus.end(), count - referrers, {{cluster}, 1});
+            append_run(survey.leaked, {{cluster}, 1});
+        // Of what snapshots shared, or of a pack that was being filled or emptied, when a server was killed.
+        survey.surplus.insert(survey.surplus.end(), count - std::max<std::uint64_t>(referrers, 1), {{cluster}, 1});
     }
+    for (std::uint64_t c = 0; c < audit.unflagged.size() && !survey.lacks_copied_flags; ++c)
+        survey.lacks_copied_flags = audit.unflagged[c] && references.of(c) == 1;
     return survey;
 }
 

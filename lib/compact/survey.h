@@ -25,11 +25,13 @@ struct Survey {
     std::vector<std::uint64_t> empty_tables; ///< L1 indices of L2 tables in which nothing is mapped
 
     // Only from verify():
-    std::vector<HostRun> leaked; ///< refcount of one, and no referrer; may be given back
-    /// Packs that are counted more often than they are referred to, once for each count too many; as leaked.
+    std::vector<HostRun> leaked; ///< a refcount, and no referrer; may be given back, see surplus
+    /// Counts above the number of referrers, beside that of `leaked`, once for each count too many; as leaked.
     std::vector<HostRun> surplus;
     std::optional<Packs> how_packed; ///< set where there are compressed clusters
     std::vector<HostRun> pinned; ///< a refcount, and no referrer that is known; stays where it is
+    /// Entries of the active image lack COPIED though nobody else refers to what they do: what a crash leaves.
+    bool lacks_copied_flags = false;
 };
 
 /// Counts, without comparing anything.

@@ -89,7 +89,10 @@ void ZeroScan::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) 
             if (!wanted(c + i, mappings[i]))
                 continue;
             require_going(stop);
-            look_at(c + i, mappings[i]);
+            if (!look_at(c + i, mappings[i])) {
+                image_.give_back();
+                look_at(c + i, mappings[i]);
+            }
         }
         c = end;
     }
@@ -117,7 +120,7 @@ bool ZeroScan::holds_zeroes(GuestCluster c, const Mapping &mapping, std::vector<
     return all_zero(bytes);
 }
 
-void ZeroScan::look_at(GuestCluster c, const Mapping &seen) {
+bool ZeroScan::look_at(GuestCluster c, const Mapping &seen) {
     const Geometry &g = state_.geometry;
     if (g.has_subclusters() && seen.has_host())
         return look_at_subclusters(c, seen.host);
@@ -126,27 +129,35 @@ void ZeroScan::look_at(GuestCluster c, const Mapping &seen) {
     const HostOffset from = g.offset_of(seen.host);
     const auto data = seen.has_host() ? state_.data.next_data(from) : std::nullopt;
     const bool is_hole = seen.has_host() && !(data && *data < from + g.cluster_size());
-    if (!is_hole && !holds_zeroes(c, seen, bytes))
-        return set_known(c);
+    if (!is_hole && !holds_zeroes(c, seen, bytes)) {
+        set_known(c);
+        return true;
+    }
     {
         Mapping m;
         state_.mapper.resolve(c, std::span(&m, 1)); // the slice is in memory when the lock is held
     }
     const RangeLock::Exclusive guard(state_.ranges, g.offset_of(c), 1, std::try_to_lock);
     if (!guard.owns())
-        return; // the guest is at it: look again later
+        return true; // the guest is at it: look again later
     Mapping m;
     state_.mapper.resolve(c, std::span(&m, 1));
     if (m != seen)
-        return;
-    if (!holds_zeroes(c, m, bytes))
-        return set_known(c);
+        return true;
+    if (!holds_zeroes(c, m, bytes)) {
+        set_known(c);
+        return true;
+    }
+    if (!state_.mapper.ensure_table(c, Allocator::Growth::now))
+        return false;
     if (state_.mapper.format().external_data) {
         if (!is_hole)
             gauges_.zero_freed_bytes += g.cluster_size();
         state_.data.punch_if_possible(from, g.cluster_size());
-        if (state_.raw_data)
-            return set_known(c); // the entry stays: it says that the data file is the disk
+        if (state_.raw_data) {
+            set_known(c); // the entry stays: it says that the data file is the disk
+            return true;
+        }
     } else {
         gauges_.zero_freed_bytes += g.cluster_size();
     }
@@ -161,6 +172,7 @@ void ZeroScan::look_at(GuestCluster c, const Mapping &seen) {
     }
     state_.allocator.retire(freed);
     changed_ = true;
+    return true;
 }
 
 /// Of the subclusters with data, those that hold nothing but zeroes.
@@ -179,7 +191,7 @@ subclusters::Set ZeroScan::zero_subclusters(GuestCluster c, const Mapping &mappi
     return found;
 }
 
-void ZeroScan::look_at_subclusters(GuestCluster c, HostCluster host) {
+bool ZeroScan::look_at_subclusters(GuestCluster c, HostCluster host) {
     using namespace subclusters;
     const Geometry &g = state_.geometry;
     const auto nothing_to_do = [&](const Mapping &m) {
@@ -188,23 +200,30 @@ void ZeroScan::look_at_subclusters(GuestCluster c, HostCluster host) {
     Mapping m;
     state_.mapper.resolve(c, std::span(&m, 1));
     if (!m.has_host() || m.host != host)
-        return;
+        return true;
     // Unlocked: a first look, which also brings the cluster into memory.
-    if (nothing_to_do(m))
-        return set_known(c);
+    if (nothing_to_do(m)) {
+        set_known(c);
+        return true;
+    }
     const RangeLock::Exclusive guard(state_.ranges, g.offset_of(c), 1, std::try_to_lock);
     if (!guard.owns())
-        return; // the guest is at it: look again later
+        return true; // the guest is at it: look again later
     state_.mapper.resolve(c, std::span(&m, 1));
     if (!m.has_host() || m.host != host)
-        return;
+        return true;
     const Set gone = zero_subclusters(c, m);
-    if (gone == 0 && bitmap_of(m).data() != 0)
-        return set_known(c);
+    if (gone == 0 && bitmap_of(m).data() != 0) {
+        set_known(c);
+        return true;
+    }
     if (state_.raw_data) { // the entry stays: it says that the data file is the disk
         punch_all_but(state_, host, bitmap_of(m).data() & ~gone);
-        return set_known(c);
+        set_known(c);
+        return true;
     }
+    if (!state_.mapper.ensure_table(c, Allocator::Growth::now))
+        return false;
     const Bitmap after = bitmap_of(m).with(gone, state_.contents.ends_below(c) ? Kind::unallocated : Kind::zero);
     std::vector<HostRun> freed;
     bool has_host;
@@ -223,6 +242,7 @@ void ZeroScan::look_at_subclusters(GuestCluster c, HostCluster host) {
     const Grid grid(g);
     gauges_.zero_freed_bytes += has_host ? grid.bytes(static_cast<unsigned>(std::popcount(gone))) : g.cluster_size();
     changed_ = true;
+    return true;
 }
 
 void ZeroScan::commit(const StopCheck &) {

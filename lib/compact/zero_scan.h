@@ -25,8 +25,9 @@ class ZeroScan final : public Maintenance {
     bool known(GuestCluster c) const;
     bool wanted(GuestCluster c, const Mapping &mapping) const;
     void set_known(GuestCluster c);
-    void look_at(GuestCluster c, const Mapping &seen);
-    void look_at_subclusters(GuestCluster c, HostCluster host);
+    /// False: commit first, then ask again.
+    bool look_at(GuestCluster c, const Mapping &seen);
+    bool look_at_subclusters(GuestCluster c, HostCluster host);
     subclusters::Set zero_subclusters(GuestCluster c, const Mapping &mapping);
     bool may_be_zero(const Mapping &mapping) const;
     bool holds_zeroes(GuestCluster c, const Mapping &mapping, std::vector<std::byte> &bytes);

@@ -4,6 +4,9 @@
 
 #include "lib/byte_order.h"
 #include "lib/create.h"
+#include "lib/error.h"
+#include "lib/l2_entry.h"
+#include "lib/snapshot_table.h"
 
 #include <set>
 
@@ -189,5 +192,105 @@ Bytes read_some(Image &image, std::uint64_t at, std::uint64_t length) {
 Bytes read_all(Image &image) { return read_some(image, 0, image.size()); }
 
 Bytes bytes_of(std::uint64_t length, unsigned value) { return Bytes(length, std::byte(value)); }
+
+namespace {
+
+/// An image with 16-bit refcounts, being changed by hand.
+class Edited {
+  public:
+    explicit Edited(Bytes bytes) : bytes_(std::move(bytes)), cluster_(std::uint64_t{1} << get<std::uint32_t>(20)) {}
+
+    template <class T> T get(std::uint64_t at) const { return load_be<T>(bytes_, at); }
+    template <class T> void set(std::uint64_t at, T value) { store_be<T>(bytes_, at, value); }
+    std::uint64_t cluster() const { return cluster_; }
+    Bytes &bytes() { return bytes_; }
+
+    /// Where the count of a cluster is; 0: nowhere.
+    std::uint64_t count_at(std::uint64_t c) const {
+        const std::uint64_t per_block = cluster_ / 2, table = get<std::uint64_t>(48);
+        if (c / per_block >= get<std::uint32_t>(56) * cluster_ / 8)
+            return 0;
+        const std::uint64_t block = get<std::uint64_t>(table + c / per_block * 8);
+        return block == 0 ? 0 : block + c % per_block * 2;
+    }
+    std::uint16_t add(std::uint64_t c) {
+        const auto count = static_cast<std::uint16_t>(get<std::uint16_t>(count_at(c)) + 1);
+        set<std::uint16_t>(count_at(c), count);
+        return count;
+    }
+    /// `n` adjacent free clusters, the lowest.
+    std::uint64_t allocate(std::uint64_t n) {
+        for (std::uint64_t c = 1, run = 0;; ++c) {
+            if (count_at(c) == 0)
+                throw std::logic_error("no room for a snapshot");
+            run = get<std::uint16_t>(count_at(c)) == 0 ? run + 1 : 0;
+            if (run < n)
+                continue;
+            const std::uint64_t first = c + 1 - n;
+            bytes_.resize(std::max<std::uint64_t>(bytes_.size(), (c + 1) * cluster_));
+            for (std::uint64_t i = first; i <= c; ++i)
+                add(i);
+            std::fill_n(bytes_.begin() + static_cast<std::ptrdiff_t>(first * cluster_), n * cluster_, std::byte{0});
+            return first * cluster_;
+        }
+    }
+
+  private:
+    Bytes bytes_;
+    std::uint64_t cluster_;
+};
+
+} // namespace
+
+Bytes with_snapshot(Bytes image, const std::string &name) {
+    Edited e(std::move(image));
+    const std::uint64_t cluster = e.cluster(), size = e.get<std::uint64_t>(24);
+    const auto l1_size = e.get<std::uint32_t>(36);
+    const std::uint64_t l1 = e.get<std::uint64_t>(40);
+
+    // The snapshot's L1 table: what the active one is now.
+    const std::uint64_t copy = e.allocate(divide_up(std::uint64_t{l1_size} * 8, cluster));
+    for (std::uint64_t i = 0; i < l1_size; ++i)
+        e.set(copy + i * 8, e.get<std::uint64_t>(l1 + i * 8));
+    // Everything it reaches is used once more, and so nothing is the active image's alone.
+    for (std::uint64_t i = 0; i < l1_size; ++i) {
+        const std::uint64_t word = e.get<std::uint64_t>(l1 + i * 8), table = word & entry::offset_mask;
+        if (table == 0)
+            continue;
+        e.set(l1 + i * 8, word & ~entry::copied);
+        e.add(table / cluster);
+        for (std::uint64_t n = 0; n < cluster / 8; ++n) {
+            const std::uint64_t mapped = e.get<std::uint64_t>(table + n * 8), at = mapped & entry::offset_mask;
+            if (at == 0)
+                continue;
+            e.set(table + n * 8, mapped & ~entry::copied);
+            e.add(at / cluster);
+        }
+    }
+    // The snapshot table with one more entry, in a new place.
+    const auto count = e.get<std::uint32_t>(60);
+    std::uint64_t length = 0;
+    const std::uint64_t old = e.get<std::uint64_t>(64);
+    SnapshotTable table;
+    if (count != 0)
+        table = SnapshotTable::decode(std::span(e.bytes()).subspan(old), count,
+                                      Geometry(e.get<std::uint32_t>(20), 4, size), "x", &length);
+    SnapshotEntry fresh;
+    fresh.l1_offset = {copy};
+    fresh.l1_size = l1_size;
+    fresh.id = std::to_string(count + 1);
+    fresh.name = name;
+    fresh.extra.resize(16);
+    store_be<std::uint64_t>(fresh.extra, 8, size);
+    table.entries.push_back(fresh);
+    const auto encoded = table.encode();
+    const std::uint64_t home = e.allocate(divide_up(encoded.size(), cluster));
+    std::copy(encoded.begin(), encoded.end(), e.bytes().begin() + static_cast<std::ptrdiff_t>(home));
+    for (std::uint64_t c = old / cluster; count != 0 && c < divide_up(old + length, cluster); ++c)
+        e.set<std::uint16_t>(e.count_at(c), 0);
+    e.set<std::uint32_t>(60, count + 1);
+    e.set<std::uint64_t>(64, home);
+    return std::move(e.bytes());
+}
 
 } // namespace qlean::fault

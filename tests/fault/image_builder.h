@@ -56,6 +56,10 @@ struct BuiltImage {
 };
 BuiltImage build_image(const ImagePlan &plan);
 
+/// The image with an internal snapshot of its disk, as 'qemu-img snapshot -c' takes one. There must be room in clusters
+/// that have refcount blocks.
+Bytes with_snapshot(Bytes image, const std::string &name);
+
 /// What build_image puts at guest offset `at`: never zero.
 std::byte filled(std::uint64_t at);
 

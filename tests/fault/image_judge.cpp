@@ -30,19 +30,29 @@ class Judge {
         refer(l1_at_, l1_size_ * 8, "the L1 table");
         refer(table_at_, table_clusters_ * cluster_, "the refcount table");
         walk_refcounts();
+        walk_snapshots();
         walk_tables();
         walk_bitmaps();
         compare();
         return verdict_;
     }
 
-    Bytes guest() {
-        Bytes disk;
+    Bytes guest() { return read_header() ? disk_of(l1_at_, virtual_size_) : Bytes{}; }
+
+    std::map<std::string, Bytes> snapshots() {
+        std::map<std::string, Bytes> disks;
         if (!read_header())
-            return disk;
-        disk.resize(round_up(virtual_size_, cluster_));
-        for (std::uint64_t c = 0; c * cluster_ < virtual_size_; ++c) {
-            const std::uint64_t table = be64(l1_at_ + c / entries_ * 8) & offset_mask;
+            return disks;
+        references_.assign(divide_up(image_.size(), cluster_), 0);
+        for (const Snapshot &s : read_snapshots())
+            disks[s.name] = disk_of(s.l1_at, s.disk_size);
+        return disks;
+    }
+
+    Bytes disk_of(std::uint64_t l1_at, std::uint64_t disk_size) const {
+        Bytes disk(round_up(disk_size, cluster_));
+        for (std::uint64_t c = 0; c * cluster_ < disk_size; ++c) {
+            const std::uint64_t table = be64(l1_at + c / entries_ * 8) & offset_mask;
             const std::uint64_t entry = table + c % entries_ * entry_size_;
             const std::uint64_t word = table == 0 ? 0 : be64(entry);
             const std::uint64_t at = word & offset_mask;
@@ -55,7 +65,7 @@ class Judge {
                     std::memcpy(disk.data() + c * cluster_ + sub * size, image_.data() + from,
                                 std::min(size, image_.size() - from));
         }
-        disk.resize(virtual_size_);
+        disk.resize(disk_size);
         return disk;
     }
 
@@ -153,14 +163,17 @@ class Judge {
         return true;
     }
 
-    void refer(std::uint64_t at, std::uint64_t length, const std::string &who) {
+    /// `shared`: something else may use it too, if that is shared as well.
+    void refer(std::uint64_t at, std::uint64_t length, const std::string &who, bool shared = false) {
         if (at % cluster_ != 0)
             return blame("{} is at {:#x}, not a cluster boundary", who, at);
         for (std::uint64_t c = at / cluster_; c < divide_up(at + length, cluster_); ++c) {
             if (c >= references_.size())
                 return blame("{} is in cluster {}, beyond the end of the file ({} clusters)", who, c,
                              references_.size());
-            if (++references_[c] > 1)
+            sole_.resize(references_.size());
+            sole_[c] = sole_[c] || !shared;
+            if (++references_[c] > 1 && sole_[c])
                 blame("{} is in cluster {}, which something else uses as well", who, c);
         }
     }
@@ -198,15 +211,62 @@ class Judge {
             blame("{} says COPIED, but the refcount of cluster {} is {}", who, at / cluster_, count(at / cluster_));
     }
 
-    void walk_tables() {
-        for (std::uint64_t i = 0; i < l1_size_; ++i) {
-            const std::uint64_t l1 = be64(l1_at_ + i * 8), table = l1 & offset_mask;
+    struct Snapshot {
+        std::uint64_t l1_at, l1_size, disk_size;
+        std::string name;
+    };
+
+    /// By the snapshot table; refers to it.
+    std::vector<Snapshot> read_snapshots() {
+        std::vector<Snapshot> all;
+        const auto count = load_be<std::uint32_t>(image_, 60);
+        const std::uint64_t begin = be64(64);
+        std::uint64_t at = begin;
+        for (std::uint32_t i = 0; i < count; ++i) {
+            at = round_up(at, 8);
+            if (at + 40 > image_.size()) {
+                blame("snapshot {} lies outside the file", i);
+                return all;
+            }
+            const auto id = load_be<std::uint16_t>(image_, at + 12), name = load_be<std::uint16_t>(image_, at + 14);
+            const auto extra = load_be<std::uint32_t>(image_, at + 36);
+            Snapshot s{be64(at), load_be<std::uint32_t>(image_, at + 8), virtual_size_, {}};
+            if (at + 40 + extra + id + name > image_.size() || s.l1_at + s.l1_size * 8 > image_.size()) {
+                blame("snapshot {} or its L1 table lies outside the file", i);
+                return all;
+            }
+            if (extra >= 16)
+                s.disk_size = be64(at + 48);
+            s.name.assign(reinterpret_cast<const char *>(image_.data()) + at + 40 + extra + id, name);
+            at += 40 + extra + id + name;
+            all.push_back(s);
+        }
+        if (count != 0)
+            refer(begin, at - begin, "the snapshot table");
+        return all;
+    }
+
+    void walk_snapshots() {
+        const auto all = read_snapshots();
+        has_snapshots_ = !all.empty();
+        for (const Snapshot &s : all) {
+            refer(s.l1_at, s.l1_size * 8, "the L1 table of snapshot " + s.name);
+            walk_l1(s.l1_at, s.l1_size, "snapshot " + s.name + ", ", false);
+        }
+    }
+
+    void walk_tables() { walk_l1(l1_at_, l1_size_, "", true); }
+
+    void walk_l1(std::uint64_t l1_at, std::uint64_t l1_size, const std::string &whose, bool active) {
+        for (std::uint64_t i = 0; i < l1_size; ++i) {
+            const std::uint64_t l1 = be64(l1_at + i * 8), table = l1 & offset_mask;
             if (l1 & ~(copied | offset_mask))
-                blame("L1 entry {} has reserved bits set", i);
+                blame("{}L1 entry {} has reserved bits set", whose, i);
             if (table == 0)
                 continue;
-            refer(table, cluster_, fmt::format("L2 table {}", i));
-            require_copied(l1, table, fmt::format("L1 entry {}", i));
+            refer(table, cluster_, fmt::format("{}L2 table {}", whose, i), has_snapshots_ && !(active && l1 & copied));
+            if (active)
+                require_copied(l1, table, fmt::format("L1 entry {}", i));
             for (std::uint64_t n = 0; n < entries_; ++n) {
                 const std::uint64_t word = be64(table + n * entry_size_), at = word & offset_mask;
                 const std::uint64_t guest = (i * entries_ + n) * cluster_;
@@ -220,8 +280,10 @@ class Judge {
                     blame("the subclusters of guest offset {:#x} are {:#x}, with host offset {:#x}", guest, bitmap, at);
                 if (at == 0)
                     continue;
-                refer(at, cluster_, fmt::format("guest offset {:#x}", guest));
-                require_copied(word, at, fmt::format("the L2 entry of guest offset {:#x}", guest));
+                refer(at, cluster_, fmt::format("{}guest offset {:#x}", whose, guest),
+                      has_snapshots_ && !(active && word & copied));
+                if (active)
+                    require_copied(word, at, fmt::format("the L2 entry of guest offset {:#x}", guest));
             }
         }
     }
@@ -243,6 +305,8 @@ class Judge {
     unsigned version_ = 0, order_ = 0;
     bool extended_ = false;
     std::vector<std::uint64_t> references_, counts_;
+    std::vector<bool> sole_; ///< by cluster: used by somebody who shares it with nobody
+    bool has_snapshots_ = false;
 };
 
 } // namespace
@@ -257,6 +321,18 @@ std::string Verdict::text() const {
 Verdict judge(std::span<const std::byte> image) { return Judge(image).judge(); }
 
 Bytes guest_bytes(std::span<const std::byte> image) { return Judge(image).guest(); }
+
+std::map<std::string, Bytes> snapshot_disks(std::span<const std::byte> image) { return Judge(image).snapshots(); }
+
+std::optional<std::string> judge_snapshots(std::span<const std::byte> image, std::span<const std::byte> before) {
+    const auto now = snapshot_disks(image), then = snapshot_disks(before);
+    if (now.size() + 1 < then.size())
+        return "more than one snapshot is gone";
+    for (const auto &[name, disk] : now)
+        if (const auto found = then.find(name); found == then.end() || found->second != disk)
+            return fmt::format("snapshot {} is not what it was", name);
+    return std::nullopt;
+}
 
 std::optional<std::string> judge_bitmaps(std::span<const std::byte> image, std::span<const std::byte> before) {
     const auto now = Judge(image).bitmaps(), then = Judge(before).bitmaps();

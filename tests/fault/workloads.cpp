@@ -3,6 +3,7 @@
 #include "tests/fault/workloads.h"
 
 #include "lib/compact/compact.h"
+#include "lib/compact/snapshot_delete.h"
 #include "lib/compact/zero_scan.h"
 #include "tests/fault/image_builder.h"
 #include "tests/fault/image_judge.h"
@@ -143,6 +144,47 @@ void zeroes(Run &run) {
     run.attempt([&] { run.guest->flush(); });
 }
 
+/// Two snapshots with a guest's work between them and after, in an image that is scattered all over the file.
+Bytes with_snapshots(std::uint64_t seed) {
+    const auto used = [&](Bytes bytes, int steps) {
+        const auto disk = std::make_shared<FaultyDisk>(std::move(bytes));
+        auto image = open_image(disk);
+        RecordedGuest guest(*image, *disk, seed);
+        RecordedGuest::Mix mix;
+        mix.most = 3000;
+        for (int i = 0; i < steps; ++i)
+            guest.step(mix);
+        image->close();
+        image.reset();
+        return disk->bytes();
+    };
+    Bytes bytes = with_snapshot(used(build_image(scattered(9, 64 * 1024, 4, seed)).bytes, 10), "a");
+    bytes = with_snapshot(used(std::move(bytes), 20), "b");
+    if (seed % 2)
+        bytes = with_snapshot(std::move(bytes), "c");
+    return used(std::move(bytes), seed % 3 ? 15 : 0);
+}
+void snapshots(Run &run) {
+    RecordedGuest::Mix mix;
+    mix.most = 4096;
+    const auto rarely = [&] {
+        if (run.random()() % 3 == 0)
+            run.step(mix);
+    };
+    if (run.random()() % 2)
+        run.attempt([&] { compact_all(*run.image, rarely); });
+    if (run.random()() % 2)
+        run.attempt([&] { zero_scan_all(*run.image, rarely); });
+    run.attempt([&] {
+        MoveOwnership ownership;
+        SnapshotDelete deletion(*run.image, ownership, 1, run.random()() % 2 ? "a" : "b");
+        deletion.run({0}, 1, go_on);
+        deletion.commit(go_on);
+    });
+    run.attempt([&] { compact_all(*run.image, rarely); });
+    run.attempt([&] { run.guest->flush(); });
+}
+
 /// The guest in a thread of its own beside compaction and zero scans.
 void racing(Run &run) {
     std::atomic<bool> done{false};
@@ -273,6 +315,7 @@ const std::vector<Workload> &workloads() {
         {"subclusters", 3, true, scattered_subclusters, subclusters},
         {"clean shutdown", 2, true, empty_small, shutdown},
         {"bitmaps", 4, true, with_bitmaps, bitmaps},
+        {"snapshots", 4, true, with_snapshots, snapshots},
     };
     return list;
 }

@@ -21,8 +21,5 @@ refused() {
 create -o compression_type=zstd "$W/compression.qcow2" 16M
 printf '\x02' | dd of="$W/compression.qcow2" bs=1 seek=104 conv=notrunc status=none
 refused compression 'compression type 2'
-create "$W/snapshot.qcow2" 16M
-qemu-img snapshot -c one "$W/snapshot.qcow2"
-refused snapshot 'snapshot'
 create_luks "$W/luks.qcow2" 16M
 refused luks 'encrypt|luks'

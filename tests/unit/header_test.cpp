@@ -175,7 +175,6 @@ TEST_CASE("What is not supported is refused by name") {
     require_refused(with(72, std::uint64_t{1} << 63), "feature bit 63");
     require_refused(with(32, u32(1)), "AES");
     require_refused(with(32, u32(2)), "LUKS");
-    require_refused(with(60, u32(1)), "snapshots");
     Header zstd = sample();
     zstd.header_length = 112;
     zstd.incompatible = Header::incompatible_compression;

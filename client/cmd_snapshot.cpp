@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// `qlean snapshot list` and `qlean snapshot delete`: internal snapshots of an image that is in use, or of a file.
+#include "connection.h"
+#include "failure.h"
+#include "options.h"
+#include "status_page.h"
+#include "target.h"
+#include "units.h"
+
+#include <fmt/chrono.h>
+#include <fmt/format.h>
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+namespace qlean {
+
+namespace {
+
+using json = nlohmann::ordered_json;
+
+json read_page(const Target &target) {
+    Connection connection(target, "snapshots");
+    const json page = json::parse(connection.read(0, connection.size()), nullptr, false);
+    if (page.is_discarded() || !page.contains("snapshots")) {
+        throw Failure(fmt::format("{} answers export 'snapshots' with something else than a list of snapshots; its "
+                                  "version may not fit to this qlean",
+                                  target.name()));
+    }
+    return page;
+}
+
+// Control characters in a name must not reach the terminal.
+std::string printable(std::string text) {
+    for (char &c : text) {
+        c = static_cast<unsigned char>(c) < 0x20 || c == 0x7f ? '?' : c;
+    }
+    return text;
+}
+
+std::string show_date(const json &snapshot) {
+    const auto seconds = static_cast<std::time_t>(snapshot.value("date", std::uint64_t{0}));
+    return fmt::format("{:%Y-%m-%d %H:%M:%S}", fmt::localtime(seconds));
+}
+
+void print_table(const json &page) {
+    fmt::print("{:<6} {:<28} {:<19} {:>14} {:>14}\n", "id", "name", "date", "VM state", "disk");
+    for (const auto &s : page["snapshots"]) {
+        fmt::print("{:<6} {:<28} {:<19} {:>14} {:>14}\n", printable(s.value("id", "")), printable(s.value("name", "")),
+                   show_date(s), show_bytes(s.value("vm_state_size", std::uint64_t{0})),
+                   show_bytes(s.value("disk_size", std::uint64_t{0})));
+    }
+    if (const auto more = page.value("left_off", std::uint64_t{0}); more != 0) {
+        fmt::print("and {} more\n", more);
+    }
+}
+
+void wait_for(Connection &connection, const Ticket &ticket) {
+    while (!ticket.done) {
+        connection.pump(100);
+    }
+}
+
+// The server's own words, over a connection of their own.
+std::string server_says(const Target &target, int error) {
+    try {
+        Connection status(target, "status");
+        const std::string said = StatusPage::read(status).last_error();
+        return said.empty() ? std::strerror(error) : said;
+    } catch (const Failure &) {
+        return std::strerror(error);
+    }
+}
+
+} // namespace
+
+ExitCode run_snapshot_list(const SnapshotOptions &options) {
+    Target target(options.target, Access::read_only, options.nbdkit);
+    const json page = read_page(target);
+    if (options.json) {
+        fmt::print("{}\n", page.dump(2, ' ', false, json::error_handler_t::replace));
+    } else {
+        print_table(page);
+    }
+    target.finish();
+    return ExitCode::done;
+}
+
+ExitCode run_snapshot_delete(const SnapshotOptions &options) {
+    Target target(options.target, Access::read_write, options.nbdkit);
+    {
+        const json page = read_page(target);
+        const auto &all = page["snapshots"];
+        const bool known = std::any_of(all.begin(), all.end(), [&](const json &s) {
+            return s.value("name", "") == options.name || s.value("id", "") == options.name;
+        });
+        if (!known && page.value("left_off", std::uint64_t{0}) == 0) {
+            throw Failure(fmt::format("{} has no snapshot '{}'; 'qlean snapshot list' shows what there is",
+                                      target.name(), options.name));
+        }
+    }
+    Connection connection(target, "snapshot-delete/" + options.name);
+    if (!connection.can_cache()) {
+        throw Failure(
+            fmt::format("the server does not let snapshot '{}' be deleted: it was started read-only (-r), or a "
+                        "filter hides NBD_CMD_CACHE; restart it without",
+                        options.name));
+    }
+    Ticket ticket;
+    connection.start_cache(0, std::min<std::uint64_t>(connection.size(), 65536), ticket);
+    wait_for(connection, ticket);
+    if (ticket.error == 0) {
+        connection.start_flush(ticket);
+        wait_for(connection, ticket);
+    }
+    if (ticket.error != 0) {
+        const int error = ticket.error;
+        const bool lost = connection.lost();
+        connection.close();
+        throw Failure(fmt::format("cannot delete snapshot '{}': {}", options.name,
+                                  lost ? "the connection to the server was lost" : server_says(target, error)),
+                      lost             ? ExitCode::server_gone
+                      : error == EPERM ? ExitCode::busy
+                                       : ExitCode::error);
+    }
+    connection.close();
+    target.finish();
+    return ExitCode::done;
+}
+
+} // namespace qlean

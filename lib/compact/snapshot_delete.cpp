@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+#include "snapshot_delete.h"
+
+namespace qlean {
+
+namespace {
+
+constexpr std::uint64_t batch = 4096;
+/// References retired between commits: bounds memory.
+constexpr std::size_t max_runs = 1 << 20;
+constexpr std::uint64_t max_dirty_bytes = 8 * 1024 * 1024;
+constexpr int max_commits_for_space = 4;
+
+} // namespace
+
+SnapshotDelete::SnapshotDelete(Image &image, MoveOwnership &ownership, std::uint64_t connection,
+                               const std::string &name_or_id)
+    : image_(image), state_(image.state()), ownership_(ownership), connection_(connection),
+      snapshot_(state_.snapshots.find(name_or_id)) {
+    if (!snapshot_)
+        throw Error(Error::Kind::denied, EPERM,
+                    fmt::format("'{}' has no snapshot '{}'", state_.file.name(), name_or_id));
+}
+
+SnapshotDelete::~SnapshotDelete() { ownership_.release(connection_); }
+
+std::vector<Maintenance::Planned> SnapshotDelete::plan(GuestOffset at, std::uint64_t length, std::size_t,
+                                                       const StopCheck &) {
+    return {{at, length, !deleted_}};
+}
+
+void SnapshotDelete::run(GuestOffset, std::uint64_t, const StopCheck &) {
+    const std::lock_guard guard(mutex_);
+    if (deleted_)
+        return;
+    state_.write_back.before_change();
+    // Nothing moves meanwhile, and nobody walks over snapshots that are going.
+    ownership_.claim(name_, connection_);
+    const std::lock_guard snapshots_guard(state_.snapshots.lock());
+    const auto all = state_.snapshots.list();
+    if (std::find(all.begin(), all.end(), snapshot_) == all.end()) { // over another connection
+        deleted_ = true;
+        return;
+    }
+    if (!state_.snapshots.close_for_use(snapshot_))
+        throw Error(Error::Kind::busy, EPERM,
+                    fmt::format("snapshot '{}' is being read over its export; disconnect whoever reads it first",
+                                snapshot_->entry().name));
+    try {
+        remove_from_table();
+    } catch (...) {
+        state_.snapshots.reopen_for_use(snapshot_);
+        throw;
+    }
+    deleted_ = true;
+    retire_references();
+    set_copied_flags(state_);
+    if (state_.snapshots.list().empty())
+        state_.snapshots.none_left();
+}
+
+void SnapshotDelete::commit(const StopCheck &) { image_.give_back(); }
+
+/// Durable when it returns.
+void SnapshotDelete::remove_from_table() {
+    const Geometry &g = state_.geometry;
+    const SnapshotTable table = state_.snapshots.table_without(snapshot_.get());
+    auto bytes = table.encode();
+    const std::uint64_t length = bytes.size();
+    bytes.resize(g.bytes(g.clusters_for(length)));
+    for (int attempt = 0;; ++attempt) {
+        bool done = false;
+        state_.write_back.lead([&] {
+            // Words of tables that are going must not be written when they are gone.
+            state_.write_back.commit_as_leader(WriteBack::Give::back);
+            Allocator::Reservation room;
+            if (length != 0) {
+                room = state_.allocator.reserve_contiguous(g.clusters_for(length));
+                if (room.empty())
+                    return;
+            }
+            const HostOffset home = length == 0 ? HostOffset{0} : g.offset_of(room.extents().front().run.first);
+            if (length != 0) {
+                state_.file.write(bytes, home);
+                state_.write_back.write_refcounts_as_leader();
+                state_.write_back.sync_as_leader();
+            }
+            room.publish();
+            const HostRun old = state_.snapshots.table_run();
+            state_.write_back.switch_as_leader([&] {
+                state_.header.update([&](Header &h) {
+                    h.snapshot_count = static_cast<std::uint32_t>(table.entries.size());
+                    h.snapshots_offset = home;
+                });
+            });
+            state_.snapshots.moved(home, length, snapshot_.get());
+            state_.allocator.retire({old});
+            done = true;
+        });
+        if (done)
+            return;
+        if (attempt == max_commits_for_space)
+            throw Error(Error::Kind::no_space, ENOSPC, fmt::format("'{}' cannot grow any further", state_.file.name()));
+        state_.write_back.commit(WriteBack::Give::back);
+    }
+}
+
+/// Nobody changes a table that the snapshot has: the active image copies one that is shared before it does. So all of
+/// them can be read at leisure, each before its own reference goes.
+void SnapshotDelete::retire_references() {
+    const Geometry &g = state_.geometry;
+    std::vector<HostRun> runs;
+    const auto retire = [&] {
+        state_.allocator.retire(std::exchange(runs, {}));
+        state_.write_back.commit(WriteBack::Give::back);
+    };
+    std::vector<Mapping> mappings;
+    for (std::uint64_t i = 0; i < snapshot_->l1_size(); ++i) {
+        const HostOffset table = snapshot_->table(i);
+        if (table.value == 0)
+            continue;
+        const std::uint64_t first = i * g.l2_entries(), end = first + g.l2_entries();
+        for (std::uint64_t at = first; at < end; at += mappings.size()) {
+            mappings.resize(std::min(batch, end - at));
+            state_.mapper.survey(*snapshot_, {at}, mappings);
+            for (const Mapping &m : mappings)
+                state_.mapper.append_references(runs, m);
+        }
+        append_run(runs, {g.cluster_of(table), 1});
+        if (runs.size() > max_runs)
+            retire();
+    }
+    if (snapshot_->l1_size() != 0)
+        append_run(runs, {g.cluster_of(snapshot_->l1_home()), g.clusters_for(snapshot_->l1_size() * 8)});
+    retire();
+}
+
+void set_copied_flags(State &state) {
+    const Geometry &g = state.geometry;
+    std::vector<Mapping> mappings;
+    std::vector<std::pair<GuestCluster, HostCluster>> candidates, ours;
+    for (std::uint64_t i = 0; i < state.l1.size(); ++i) {
+        const std::uint64_t word = state.l1.word(i);
+        if (word == 0)
+            continue;
+        candidates.clear();
+        const std::uint64_t first = i * g.l2_entries();
+        const std::uint64_t end = std::min(first + g.l2_entries(), g.guest_clusters());
+        for (std::uint64_t at = first; at < end; at += mappings.size()) {
+            mappings.resize(std::min(batch, end - at));
+            state.mapper.survey({at}, mappings);
+            for (std::size_t n = 0; n < mappings.size(); ++n)
+                if (mappings[n].has_host() && !mappings[n].copied)
+                    candidates.emplace_back(GuestCluster{at + n}, mappings[n].host);
+        }
+        if (candidates.empty() && (word & entry::copied))
+            continue;
+        // The count of what an entry refers to only falls, so what is one now stays one as long as the entry is the same.
+        ours.clear();
+        bool own_table = word & entry::copied;
+        state.write_back.lead([&] {
+            // Whatever an entry has been seen to refer to by now has all its counts.
+            state.write_back.write_refcounts_as_leader();
+            if (!own_table)
+                own_table = state.refcounts.get(g.cluster_of(entry::table(word))) == 1;
+            for (const auto &candidate : candidates)
+                if (state.refcounts.get(candidate.second) == 1)
+                    ours.push_back(candidate);
+        });
+        if (!own_table)
+            continue; // shared, and so is all that it refers to
+        if ((word & entry::copied) == 0) {
+            const std::lock_guard guard(state.l1.lock(i));
+            if (state.l1.word(i) != word)
+                continue; // it is the guest's own by now
+            state.l1.set_copied(i);
+        }
+        for (const auto &[c, host] : ours) {
+            const RangeLock::Exclusive guard(state.ranges, g.offset_of(c), 1);
+            Mapper::Editor editor(state.mapper, c, 1);
+            const Mapping m = editor.peek(c);
+            if (!m.has_host() || m.copied || m.host != host)
+                continue;
+            L2Words words = editor.words(c);
+            words.entry |= entry::copied;
+            editor.set_words(c, words);
+        }
+        if (state.l2.dirty_bytes() > max_dirty_bytes)
+            state.write_back.commit(WriteBack::Give::later);
+    }
+    state.write_back.commit(WriteBack::Give::back);
+}
+
+} // namespace qlean

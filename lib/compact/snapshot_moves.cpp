@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+#include "snapshot_moves.h"
+
+#include "../byte_order.h"
+#include "relocator.h"
+
+#include <set>
+#include <shared_mutex>
+
+namespace qlean {
+
+namespace {
+
+constexpr std::uint64_t batch = 8192;
+
+std::uint64_t longest_l1(const std::vector<SnapshotPointer> &snapshots) {
+    std::uint64_t longest = 0;
+    for (const auto &snapshot : snapshots)
+        longest = std::max(longest, snapshot->l1_size());
+    return longest;
+}
+
+std::uint64_t l1_clusters(const State &state, const Snapshot &snapshot) {
+    return state.geometry.clusters_for(snapshot.l1_size() * 8);
+}
+
+bool beyond(const Geometry &g, HostOffset home, std::uint64_t clusters, HostCluster end) {
+    return clusters > 0 && g.cluster_of(home).value + clusters > end.value;
+}
+
+/// The tables of L1 index `i` that only snapshots have, each with a snapshot that has it.
+std::vector<std::pair<HostOffset, SnapshotPointer>> own_tables(State &state, std::uint64_t i,
+                                                               const std::vector<SnapshotPointer> &snapshots) {
+    std::vector<std::pair<HostOffset, SnapshotPointer>> found;
+    const HostOffset active = i < state.l1.size() ? state.l1.table(i) : HostOffset{0};
+    for (const auto &snapshot : snapshots) {
+        const HostOffset table = snapshot->table(i);
+        if (table.value == 0 || table == active)
+            continue;
+        if (std::none_of(found.begin(), found.end(), [&](const auto &f) { return f.first == table; }))
+            found.emplace_back(table, snapshot);
+    }
+    return found;
+}
+
+} // namespace
+
+void each_snapshot_mapping(State &state, const StopCheck &stop,
+                           const std::function<void(GuestCluster, HostCluster)> &each) {
+    const Geometry &g = state.geometry;
+    const auto snapshots = state.snapshots.list();
+    const std::uint64_t longest = longest_l1(snapshots);
+    std::vector<Mapping> mappings, active;
+    std::vector<std::vector<HostCluster>> met(batch); // by entry: clusters of the tables before
+    for (std::uint64_t i = 0; i < longest; ++i) {
+        const auto tables = own_tables(state, i, snapshots);
+        if (tables.empty())
+            continue;
+        require_going(stop);
+        const bool has_active = i < state.l1.size() && state.l1.table(i).value != 0;
+        for (std::uint64_t at = i * g.l2_entries(); at < (i + 1) * g.l2_entries(); at += mappings.size()) {
+            mappings.resize(std::min(batch, (i + 1) * g.l2_entries() - at));
+            active.assign(mappings.size(), Mapping{});
+            if (has_active)
+                state.mapper.survey({at}, active);
+            for (auto &clusters : met)
+                clusters.clear();
+            for (const auto &[table, snapshot] : tables) {
+                state.mapper.survey(*snapshot, {at}, mappings);
+                for (std::size_t n = 0; n < mappings.size(); ++n) {
+                    const Mapping &m = mappings[n];
+                    if (!m.has_host() || (active[n].has_host() && active[n].host == m.host))
+                        continue;
+                    if (std::find(met[n].begin(), met[n].end(), m.host) != met[n].end())
+                        continue;
+                    met[n].push_back(m.host);
+                    each({at + n}, m.host);
+                }
+            }
+        }
+    }
+}
+
+SnapshotWork find_snapshot_work(State &state, HostCluster end, std::size_t most, const StopCheck &stop) {
+    const Geometry &g = state.geometry;
+    SnapshotWork work;
+    if (!state.snapshots.any())
+        return work;
+    each_snapshot_mapping(state, stop, [&](GuestCluster c, HostCluster host) {
+        if (host < end)
+            return;
+        ++work.pending;
+        if (work.clusters.size() < most)
+            work.clusters.emplace_back(c, host);
+    });
+    const auto snapshots = state.snapshots.list();
+    for (std::uint64_t i = 0; i < longest_l1(snapshots); ++i)
+        for (const auto &[table, snapshot] : own_tables(state, i, snapshots)) {
+            if (g.cluster_of(table) < end)
+                continue;
+            ++work.pending;
+            if (work.tables.size() < most)
+                work.tables.emplace_back(i, table);
+        }
+    for (const auto &snapshot : snapshots)
+        if (const std::uint64_t n = l1_clusters(state, *snapshot); beyond(g, snapshot->l1_home(), n, end))
+            work.pending += n;
+    if (const HostRun table = state.snapshots.table_run(); table.count != 0 && table.end() > end)
+        work.pending += table.count;
+    return work;
+}
+
+std::uint64_t move_snapshot_clusters(State &state, const SnapshotWork &work, HostCluster end, const StopCheck &stop) {
+    std::uint64_t moved = 0;
+    auto room = state.allocator.reserve_below(work.clusters.size(), end);
+    for (const auto &[c, source] : work.clusters) {
+        if (room.empty())
+            break;
+        require_going(stop);
+        bool used = false;
+        auto destination = room.extents().front();
+        destination.run.count = 1;
+        if (relocate(state, c, source, destination, &used) == Moved::yes && used) {
+            room.take_first();
+            ++moved;
+        }
+    }
+    return moved;
+}
+
+std::vector<SnapshotPointer> snapshots_with_table(State &state, std::uint64_t i, HostOffset table) {
+    std::vector<SnapshotPointer> found;
+    if (state.snapshots.any())
+        for (auto &snapshot : state.snapshots.list())
+            if (snapshot->table(i) == table)
+                found.push_back(std::move(snapshot));
+    return found;
+}
+
+bool may_move_table(const State &state, HostOffset table) {
+    return !state.snapshots.pending.any_in(table, state.geometry.cluster_size());
+}
+
+void relink_snapshots(State &state, std::uint64_t i, const std::vector<SnapshotPointer> &snapshots, HostOffset table) {
+    for (const auto &snapshot : snapshots) {
+        const std::uint64_t word = (snapshot->word(i) & ~entry::offset_mask) | table.value;
+        snapshot->set_word(i, word);
+        state.snapshots.pending.store(snapshot->l1_home() + i * 8, word);
+    }
+}
+
+bool move_snapshot_l2_table(State &state, std::uint64_t i, HostOffset table, HostCluster end) {
+    const Geometry &g = state.geometry;
+    auto reserved = state.allocator.reserve_below(1, end);
+    if (reserved.empty())
+        return false;
+    const HostCluster destination = reserved.extents().front().run.first;
+    std::vector<HostRun> retired;
+    {
+        const std::lock_guard guard(state.l1.lock(i));
+        if (i < state.l1.size() && state.l1.table(i) == table)
+            return false;
+        const auto sharers = snapshots_with_table(state, i, table);
+        if (sharers.empty() || !may_move_table(state, table))
+            return false;
+        std::vector<std::byte> bytes(g.cluster_size());
+        state.file.read(bytes, table);
+        state.file.write(bytes, g.offset_of(destination));
+        state.allocator.add_references({destination, 1}, sharers.size() - 1);
+        relink_snapshots(state, i, sharers, g.offset_of(destination));
+        retired.assign(sharers.size(), HostRun{g.cluster_of(table), 1});
+    }
+    reserved.publish();
+    state.allocator.retire(retired);
+    return true;
+}
+
+void move_snapshot_l1_tables(State &state, HostCluster end) {
+    const Geometry &g = state.geometry;
+    const auto snapshots = state.snapshots.list();
+    for (std::size_t n = 0; n < snapshots.size(); ++n) {
+        Snapshot &snapshot = *snapshots[n];
+        const std::uint64_t count = l1_clusters(state, snapshot);
+        if (!beyond(g, snapshot.l1_home(), count, end) ||
+            state.snapshots.pending.any_in(snapshot.l1_home(), g.bytes(count)))
+            continue;
+        auto room = state.allocator.reserve_contiguous_below(count, end);
+        if (room.empty())
+            continue;
+        const HostOffset home = g.offset_of(room.extents().front().run.first);
+        state.write_back.write_refcounts_as_leader();
+        std::vector<std::byte> bytes(g.bytes(count));
+        state.file.read(std::span(bytes).first(snapshot.l1_size() * 8), snapshot.l1_home());
+        state.file.write(bytes, home);
+        state.write_back.sync_as_leader();
+        room.publish();
+        const HostRun old{g.cluster_of(snapshot.l1_home()), count};
+        const HostOffset table = g.offset_of(state.snapshots.table_run().first);
+        const std::uint64_t word = big_endian(home.value);
+        state.write_back.switch_as_leader([&] {
+            state.file.write(std::as_bytes(std::span(&word, 1)),
+                             table + state.snapshots.table_without(nullptr).position(n));
+        });
+        snapshot.set_l1_home(home);
+        state.allocator.retire({old});
+    }
+}
+
+void move_snapshot_table(State &state, HostCluster end) {
+    const Geometry &g = state.geometry;
+    const HostRun now = state.snapshots.table_run();
+    if (now.count == 0 || now.end() <= end)
+        return;
+    auto room = state.allocator.reserve_contiguous_below(now.count, end);
+    if (room.empty())
+        return;
+    const HostOffset home = g.offset_of(room.extents().front().run.first);
+    const auto table = state.snapshots.table_without(nullptr).encode();
+    auto bytes = table;
+    bytes.resize(g.bytes(now.count));
+    state.write_back.write_refcounts_as_leader();
+    state.file.write(bytes, home);
+    state.write_back.sync_as_leader();
+    room.publish();
+    state.write_back.switch_as_leader([&] { state.header.update([&](Header &h) { h.snapshots_offset = home; }); });
+    state.snapshots.moved(home, table.size(), nullptr);
+    state.allocator.retire({now});
+}
+
+std::uint64_t adjacent_clusters_of_snapshots(State &state, HostCluster end) {
+    std::uint64_t most = 0;
+    for (const auto &snapshot : state.snapshots.list())
+        if (const std::uint64_t n = l1_clusters(state, *snapshot); beyond(state.geometry, snapshot->l1_home(), n, end))
+            most = std::max(most, n);
+    if (const HostRun table = state.snapshots.table_run(); table.count != 0 && table.end() > end)
+        most = std::max(most, table.count);
+    return most;
+}
+
+} // namespace qlean
