@@ -28,7 +28,12 @@ disturb() {
     qemu-io -f qcow2 -d unmap "${commands[@]}" "$image" >/dev/null
 }
 
-take() { # take NAME: a snapshot, and what is in it
+# Refcounts of 2 bits have room for the disk and two snapshots.
+few=
+[[ $options != *refcount_bits=2* ]] || few=1
+
+take() { # take NAME [many]: a snapshot, and what is in it
+    [ -z "$few" ] || [ $# = 1 ] || return 0
     qemu-img snapshot -c "$1" "$image"
     qemu-img convert -f qcow2 -O raw -l "snapshot.name=$1" "$image" "$W/$1.raw"
     SNAPSHOTS+=("$1")
@@ -90,7 +95,7 @@ disturb 40
 take one
 disturb 15
 take two
-take three # shares every table with two
+take three many # shares every table with two
 disturb 10
 qemu-img convert -f qcow2 -O raw "$image" "$W/model"
 judge "$image" "$W/model"
@@ -108,8 +113,10 @@ intact 'after a guest'
 say "guest: ok"
 
 start_server "$image"
-guest_beside --model "$W/model" --largest 262144
-compact
+guest_beside --model "$W/model" --largest 262144 --connections 3
+run_pid "$W/qlean.log" "$QLEAN" compact --fast "$SOCK"
+while kill -0 "$PID" 2>/dev/null; do served 'beside a guest and compact'; done
+wait "$PID" || fail "qlean compact: $(tail -n 3 "$W/qlean.log")"
 served 'beside a guest and after compact'
 compact
 guest_end
@@ -120,7 +127,7 @@ intact 'after compact'
 say "compact: $(short 'after compact')"
 
 disturb 10
-take four
+take four many
 qemu-img convert -f qcow2 -O raw "$image" "$W/model"
 start_server "$image"
 "$QLEAN" snapshot list "$SOCK" >"$W/snapshots.txt"
@@ -147,7 +154,7 @@ say "delete: ok"
 start_server "$image"
 compact
 compact
-"$QLEAN" snapshot list --json "$SOCK" | jq -e '.snapshots | length == 2' >/dev/null || fail "the page does not list two snapshots"
+"$QLEAN" snapshot list --json "$SOCK" | jq -e '.snapshots | length == '${#SNAPSHOTS[@]} >/dev/null || fail "the page does not list two snapshots"
 served 'after deletions and compact'
 stop_server
 intact 'after deletions and compact'
