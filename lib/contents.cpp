@@ -19,6 +19,17 @@ bool Contents::is_zero(GuestCluster c, const Mapping &mapping) const {
     return mapping.kind == Mapping::Kind::unallocated && ends_below(c);
 }
 
+bool Contents::zero_below(GuestOffset at, std::uint64_t length) const {
+    constexpr std::size_t most = 64;
+    std::uint64_t told = 0;
+    for (const Backing::Extent &extent : below_->extents(at, length, most)) {
+        if (!extent.zero)
+            return false;
+        told += extent.length;
+    }
+    return told >= length;
+}
+
 void Contents::read(GuestCluster c, const Mapping &mapping, std::uint64_t within, std::span<std::byte> into) {
     using Kind = Mapping::Kind;
     switch (mapping.kind) {

@@ -33,11 +33,13 @@ class Contents {
     }
     /// Nothing of the image's own is there, and what lies below has nothing there either; or it is zeroes by its entry.
     bool is_zero(GuestCluster c, const Mapping &mapping) const;
+    /// What lies below these bytes is known to be zeroes without reading it.
+    bool zero_below(GuestOffset at, std::uint64_t length) const;
     /// The entry might as well be unallocated: nothing is lost with it.
-    bool is_nothing(const Mapping &mapping) const {
+    bool is_nothing(GuestCluster c, const Mapping &mapping) const {
         using Kind = Mapping::Kind;
         return mapping.kind == Kind::unallocated ||
-               (below_ == nullptr && (mapping.kind == Kind::zero || mapping.kind == Kind::mixed));
+               (ends_below(c) && (mapping.kind == Kind::zero || mapping.kind == Kind::mixed));
     }
     /// Bytes [within, within + into.size()) of the cluster.
     void read(GuestCluster c, const Mapping &mapping, std::uint64_t within, std::span<std::byte> into);

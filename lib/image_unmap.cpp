@@ -111,6 +111,9 @@ Image::Outcome Image::unmap_chunk(GuestOffset at, std::uint64_t length, Unmap ho
     const std::uint64_t count = (g.cluster_of(at + (length - 1)) - first) + 1;
     std::vector<HostRun> freed, external;
     const RangeLock::Exclusive guard(state_.ranges, at, length);
+    // A guest that trims its free space must not fill the image with tables that hide nothing.
+    if (needs_table && !state_.mapper.has_table(first) && state_.contents.zero_below(at, length))
+        return Outcome::done;
     if (!state_.mapper.ensure_table(first, growth, needs_table ? Mapper::Missing::create : Mapper::Missing::leave))
         return Outcome::commit_first;
     {

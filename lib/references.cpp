@@ -53,7 +53,7 @@ void walk_active(State &state, const StopCheck &stop, ReferenceVisitor &visitor)
             mappings.resize(std::min(batch, end - at));
             state.mapper.survey({at}, mappings);
             for (std::size_t n = 0; n < mappings.size(); ++n) {
-                empty = empty && state.contents.is_nothing(mappings[n]);
+                empty = empty && state.contents.is_nothing({at + n}, mappings[n]);
                 visitor.entry({at + n}, mappings[n]);
             }
         }

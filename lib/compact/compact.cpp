@@ -199,7 +199,7 @@ std::vector<Maintenance::Planned> Compact::plan(GuestOffset at, std::uint64_t le
             bool to_do = mappings[i].has_host()
                              ? state_.mapper.is_in_image(mappings[i]) && mappings[i].host >= ideal
                              : to_repack(mappings[i], want);
-            empty = empty && state_.contents.is_nothing(mappings[i]);
+            empty = empty && state_.contents.is_nothing(first + i, mappings[i]);
             if (!asked_for_table && mappings[i].has_host()) {
                 asked_for_table = true;
                 to_do = to_do || table_moves_with(first + i, mappings, first, ideal);

@@ -85,7 +85,8 @@ void drop_empty_table(State &state, std::uint64_t i) {
         const std::uint64_t step = state.geometry.entry_words();
         for (std::size_t w = 0; w < words.size(); w += step) {
             const L2Words entry{big_endian(words[w]), step == 2 ? big_endian(words[w + 1]) : 0};
-            if (!state.contents.is_nothing(entry::decode(entry, state.mapper.format())))
+            const GuestCluster c{i * state.geometry.l2_entries() + w / step};
+            if (!state.contents.is_nothing(c, entry::decode(entry, state.mapper.format())))
                 return;
         }
         home = state.geometry.cluster_of(state.l1.table(i));

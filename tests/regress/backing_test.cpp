@@ -17,16 +17,17 @@ using namespace qlean::fault;
 
 namespace {
 
-/// A raw file full of bytes that no test writes, and are not zero.
+/// A raw file full of bytes that no test writes, and are not zero; after them a hole.
 class Below {
   public:
-    explicit Below(std::uint64_t size) : bytes(size) {
+    explicit Below(std::uint64_t full, std::uint64_t hole = 0) : bytes(full + hole) {
         static std::atomic<unsigned> number{0};
         path_ = std::filesystem::temp_directory_path() / fmt::format("qlean-below-{}-{}", ::getpid(), ++number);
-        for (std::uint64_t i = 0; i < size; ++i)
+        for (std::uint64_t i = 0; i < full; ++i)
             bytes[i] = std::byte(0x80 + (i / 512 + i) % 0x7f);
         std::ofstream(path_, std::ios::binary)
-            .write(reinterpret_cast<const char *>(bytes.data()), static_cast<std::streamsize>(size));
+            .write(reinterpret_cast<const char *>(bytes.data()), static_cast<std::streamsize>(full));
+        std::filesystem::resize_file(path_, full + hole);
     }
     ~Below() { std::filesystem::remove(path_); }
     std::string path() const { return path_.string(); }
@@ -39,8 +40,9 @@ class Below {
 
 /// An overlay of `size` bytes with nothing in it.
 struct Backed {
-    Backed(std::uint64_t size, std::uint64_t below_size, std::uint64_t cluster, unsigned version = 3)
-        : below(below_size) {
+    Backed(std::uint64_t size, std::uint64_t below_size, std::uint64_t cluster, unsigned version = 3,
+           std::uint64_t hole_below = 0)
+        : below(below_size, hole_below) {
         Bytes built = empty_image(size, cluster, version);
         const std::string name = below.path();
         constexpr std::uint64_t at = 256;
@@ -218,6 +220,36 @@ TEST_CASE("Zeroes and trims beyond the end of what lies below need no clusters a
     b.trim(4 * table, 30 * table);
     b.zero(4 * table, 30 * table);
     for (std::uint64_t i = 4; i < 34; ++i)
+        CHECK(b.image->state().l1.table(i).value == 0);
+    b.finish();
+}
+
+TEST_CASE("Trims and zeroes over a hole below need no table") {
+    constexpr std::uint64_t cluster = 4096, table = 512 * cluster;
+    Backed b(6 * table, table / 2, cluster, 3, 5 * table);
+    b.trim(table, 3 * table);
+    b.zero(table, 2 * table);
+    for (std::uint64_t i = 1; i < 6; ++i)
+        CHECK(b.image->state().l1.table(i).value == 0);
+    b.trim(0, 6 * table);
+    CHECK(b.image->state().l1.table(0).value != 0);
+    CHECK(b.kind(0) == Kind::zero);
+    b.finish();
+}
+
+TEST_CASE("A table of zero clusters beyond the end of what lies below is empty, and goes") {
+    constexpr std::uint64_t cluster = 512, table = 64 * cluster;
+    Backed b(4 * table, table, cluster);
+    for (std::uint64_t i = 0; i < 4; ++i) {
+        REQUIRE(b.image->state().mapper.ensure_table({i * 64}, Allocator::Growth::now));
+        Mapper::Editor editor(b.image->state().mapper, {i * 64}, 64);
+        for (std::uint64_t c = 0; c < 64; ++c)
+            editor.set_zero({i * 64 + c}); // as QEMU trims
+    }
+    std::fill(b.model.begin(), b.model.end(), std::byte{0});
+    b.compact();
+    CHECK(b.image->state().l1.table(0).value != 0);
+    for (std::uint64_t i = 1; i < 4; ++i)
         CHECK(b.image->state().l1.table(i).value == 0);
     b.finish();
 }
