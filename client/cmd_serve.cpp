@@ -148,7 +148,7 @@ ExitCode run_serve(const ServeOptions &options) {
     make_way(socket);
 
     const std::string plugin = plugin_module();
-    std::vector<std::string> words = {options.nbdkit, "-f", "-U", socket};
+    std::vector<std::string> words = {options.nbdkit.program, "-f", "-U", socket};
     if (options.threads) {
         words.insert(words.end(), {"-t", std::to_string(*options.threads)});
     }
@@ -156,7 +156,7 @@ ExitCode run_serve(const ServeOptions &options) {
         words.emplace_back("-r");
     } else if (options.filter) {
         const std::string filter = filter_module();
-        const std::string reason = why_filter_fails(options.nbdkit, filter, plugin);
+        const std::string reason = why_filter_fails(options.nbdkit.program, filter, plugin);
         if (reason.empty()) {
             words.push_back("--filter=" + filter);
         } else {
@@ -164,7 +164,9 @@ ExitCode run_serve(const ServeOptions &options) {
         }
     }
     words.push_back(plugin);
-    words.push_back("file=" + image);
+    for (auto &parameter : options.nbdkit.parameters(image)) {
+        words.push_back(std::move(parameter));
+    }
     words.insert(words.end(), options.extra.begin(), options.extra.end());
 
     print_disk(socket, options.read_only);
@@ -174,7 +176,7 @@ ExitCode run_serve(const ServeOptions &options) {
     }
     argv.push_back(nullptr);
     ::execvp(argv[0], argv.data());
-    throw Failure(fmt::format("cannot run '{}': {}; install nbdkit, or name it with --nbdkit", options.nbdkit,
+    throw Failure(fmt::format("cannot run '{}': {}; install nbdkit, or name it with --nbdkit", options.nbdkit.program,
                               std::strerror(errno)));
 }
 

@@ -21,9 +21,17 @@ using namespace qlean;
 
 const char *const target_help = "NBD URI, path of a Unix socket, or image file (served privately for this command)";
 
-void add_common(CLI::App *command, std::string &target, std::string &nbdkit) {
+void add_image(CLI::App *command, Nbdkit &nbdkit) {
+    command->add_option("--passphrase-file", nbdkit.passphrase_file, "The file that holds the passphrase of an encrypted image")
+        ->type_name("FILE");
+    command->add_option("--data-file", nbdkit.data_file, "The image's external data file, if it is not where the image says")
+        ->type_name("FILE");
+}
+
+void add_common(CLI::App *command, std::string &target, Nbdkit &nbdkit) {
     command->add_option("TARGET", target, target_help)->required();
-    command->add_option("--nbdkit", nbdkit, "The nbdkit to start when TARGET is an image file")->type_name("PATH");
+    command->add_option("--nbdkit", nbdkit.program, "The nbdkit to start when TARGET is an image file")->type_name("PATH");
+    add_image(command, nbdkit);
 }
 
 void take_rate(CompactOptions &options, const std::string &text) {
@@ -110,7 +118,8 @@ int run(int argc, char **argv) {
         ->check(CLI::Range(1, 1024));
     serve_command->add_flag("-r,--read-only", serve.read_only, "Serve read-only");
     serve_command->add_flag("!--no-filter", serve.filter, "Do not load the reclaim filter");
-    serve_command->add_option("--nbdkit", serve.nbdkit, "The nbdkit to run")->type_name("PATH");
+    serve_command->add_option("--nbdkit", serve.nbdkit.program, "The nbdkit to run")->type_name("PATH");
+    add_image(serve_command, serve.nbdkit);
     serve_command->add_option("NBDKIT-ARGS", serve.extra, "After --: more arguments for nbdkit");
     serve_command->final_callback([&] { code = run_serve(serve); });
 

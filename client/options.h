@@ -5,6 +5,7 @@
 #pragma once
 
 #include "failure.h"
+#include "private_server.h"
 
 #include <chrono>
 #include <cstdint>
@@ -16,14 +17,14 @@ namespace qlean {
 
 struct StatusOptions {
     std::string target;
-    std::string nbdkit = "nbdkit";
+    Nbdkit nbdkit;
     bool json = false;
 };
 
 struct PlanOptions {
     std::string target;
     std::string export_name; // empty: all of them
-    std::string nbdkit = "nbdkit";
+    Nbdkit nbdkit;
     bool map = false;
     bool json = false;
 };
@@ -37,7 +38,7 @@ struct SnapshotOptions {
 
 struct CompactOptions {
     std::string target;
-    std::string nbdkit = "nbdkit";
+    Nbdkit nbdkit;
     std::optional<std::uint64_t> max_rate; // bytes per second
     std::optional<std::chrono::milliseconds> max_time;
     bool zeroes = true;
@@ -49,7 +50,7 @@ struct CompactOptions {
 
 struct CheckOptions {
     std::string target;
-    std::string nbdkit = "nbdkit";
+    Nbdkit nbdkit;
     std::string repair; // empty, "leaks" or "all"
     bool json = false;
 };
@@ -57,7 +58,7 @@ struct CheckOptions {
 struct ServeOptions {
     std::string image;
     std::string socket; // empty: IMAGE.sock
-    std::string nbdkit = "nbdkit";
+    Nbdkit nbdkit;
     std::optional<unsigned> threads;
     bool read_only = false;
     bool filter = true;

@@ -63,7 +63,18 @@ bool accepts_connections(const std::string &path) {
 
 } // namespace
 
-PrivateServer::PrivateServer(const std::string &image, Access access, const std::string &nbdkit,
+std::vector<std::string> Nbdkit::parameters(const std::string &image) const {
+    std::vector<std::string> words = {"file=" + absolute_path(image)};
+    if (!passphrase_file.empty()) {
+        words.push_back("passphrase=+" + absolute_path(passphrase_file));
+    }
+    if (!data_file.empty()) {
+        words.push_back("data-file=" + absolute_path(data_file));
+    }
+    return words;
+}
+
+PrivateServer::PrivateServer(const std::string &image, Access access, const Nbdkit &nbdkit,
                              const std::vector<std::string> &parameters) {
     try {
         start(image, access, nbdkit, parameters);
@@ -84,7 +95,7 @@ PrivateServer::~PrivateServer() {
     ::close(log_);
 }
 
-void PrivateServer::start(const std::string &image, Access access, const std::string &nbdkit,
+void PrivateServer::start(const std::string &image, Access access, const Nbdkit &nbdkit,
                           const std::vector<std::string> &parameters) {
     const char *base = std::getenv("TMPDIR");
     std::string name = fmt::format("{}/qlean-XXXXXX", base != nullptr && *base == '/' ? base : "/tmp");
@@ -105,12 +116,14 @@ void PrivateServer::start(const std::string &image, Access access, const std::st
         throw Failure(fmt::format("cannot create a buffer for the server's messages: {}", std::strerror(errno)));
     }
 
-    std::vector<std::string> words = {nbdkit, "-f", "-U", socket_};
+    std::vector<std::string> words = {nbdkit.program, "-f", "-U", socket_};
     if (access == Access::read_only) {
         words.emplace_back("-r");
     }
     words.push_back(plugin_module());
-    words.push_back("file=" + absolute_path(image));
+    for (auto &parameter : nbdkit.parameters(image)) {
+        words.push_back(std::move(parameter));
+    }
     words.insert(words.end(), parameters.begin(), parameters.end());
     std::vector<char *> argv;
     for (auto &word : words) {
@@ -121,7 +134,7 @@ void PrivateServer::start(const std::string &image, Access access, const std::st
     const pid_t parent = ::getpid();
     child_ = ::fork();
     if (child_ == -1) {
-        throw Failure(fmt::format("cannot start {}: {}", nbdkit, std::strerror(errno)));
+        throw Failure(fmt::format("cannot start {}: {}", nbdkit.program, std::strerror(errno)));
     }
     if (child_ == 0) {
         become(argv.data(), log_, parent);

@@ -14,10 +14,20 @@ namespace qlean {
 
 enum class Access { read_only, read_write };
 
+// How an nbdkit is started.
+struct Nbdkit {
+    std::string program = "nbdkit";
+    std::string passphrase_file; // of an encrypted image; empty: none
+    std::string data_file;       // empty: where the image says
+
+    // The plugin's parameters for this image.
+    std::vector<std::string> parameters(const std::string &image) const;
+};
+
 class PrivateServer {
   public:
     // Returns when the socket accepts connections; throws with nbdkit's own words when it does not start.
-    PrivateServer(const std::string &image, Access access, const std::string &nbdkit,
+    PrivateServer(const std::string &image, Access access, const Nbdkit &nbdkit,
                   const std::vector<std::string> &parameters);
     ~PrivateServer();
     PrivateServer(const PrivateServer &) = delete;
@@ -32,7 +42,7 @@ class PrivateServer {
     std::string last_words() const;
 
   private:
-    void start(const std::string &image, Access access, const std::string &nbdkit,
+    void start(const std::string &image, Access access, const Nbdkit &nbdkit,
                const std::vector<std::string> &parameters);
     void wait_until_listening(const std::string &image);
     int terminate() noexcept; // wait status, or -1 when there is no child

@@ -19,7 +19,7 @@ class Target {
   public:
     // TEXT is an NBD URI, the path of a Unix socket, or an image file or block device.
     // PARAMETERS are for the plugin of a private server.
-    Target(const std::string &text, Access access, const std::string &nbdkit,
+    Target(const std::string &text, Access access, const Nbdkit &nbdkit,
            const std::vector<std::string> &parameters = {});
 
     bool is_private() const { return server_ != nullptr; }

@@ -24,6 +24,9 @@ bool whole_sectors(HostOffset at, std::uint64_t length) { return at.value % sect
 EncryptedFile::EncryptedFile(File &below, SectorCipher cipher)
     : below_(below), cipher_(std::move(cipher)), sectors_(Geometry(16, 4, 0)) {}
 
+EncryptedFile::EncryptedFile(std::unique_ptr<File> below, SectorCipher cipher)
+    : owned_(std::move(below)), below_(*owned_), cipher_(std::move(cipher)), sectors_(Geometry(16, 4, 0)) {}
+
 template <class ReadBelow>
 bool EncryptedFile::read_with(std::span<std::byte> into, HostOffset at, ReadBelow &&read_below) {
     if (into.empty())

@@ -16,11 +16,16 @@
 #include "range_lock.h"
 #include "sector_cipher.h"
 
+#include <memory>
+
 namespace qlean {
 
 class EncryptedFile final : public File {
   public:
+    /// Over the image file itself, which is somebody else's, and synced by them.
     EncryptedFile(File &below, SectorCipher cipher);
+    /// Over a data file.
+    EncryptedFile(std::unique_ptr<File> below, SectorCipher cipher);
 
     void read(std::span<std::byte> into, HostOffset at) override;
     bool read_cached(std::span<std::byte> into, HostOffset at) override;
@@ -28,8 +33,12 @@ class EncryptedFile final : public File {
     bool punch(HostOffset, std::uint64_t) override { return false; }
     bool zero_keeping_space(HostOffset, std::uint64_t) override { return false; }
     std::optional<HostOffset> next_data(HostOffset at) override { return at; }
+    bool holes_are_zeroes() const override { return false; }
 
-    void sync() override { below_.sync(); }
+    void sync() override {
+        if (owned_)
+            owned_->sync();
+    }
     void truncate(std::uint64_t length) override { below_.truncate(length); }
     void reserve_space(HostOffset at, std::uint64_t length) override { below_.reserve_space(at, length); }
     std::uint64_t length() override { return below_.length(); }
@@ -43,6 +52,7 @@ class EncryptedFile final : public File {
     bool read_with(std::span<std::byte> into, HostOffset at, ReadBelow &&read_below);
     void write_sectors(std::span<const std::byte> from, HostOffset at);
 
+    const std::unique_ptr<File> owned_;
     File &below_;
     SectorCipher cipher_;
     RangeLock sectors_;

@@ -179,8 +179,6 @@ void Header::require_supported(const std::string &file) const {
                     fmt::format("'{}' uses {}, which is not supported yet", file, feature));
     };
     require_known(file);
-    if (crypt_method != 0)
-        unsupported(crypt_method == 2 ? "LUKS encryption" : "AES encryption");
     if (snapshot_count != 0 && (incompatible & incompatible_data_file))
         unsupported("internal snapshots of an external data file");
     if (compression_type > 1)

@@ -42,6 +42,11 @@ struct Header {
     static constexpr std::uint64_t autoclear_bitmaps = 1u << 0;
     static constexpr std::uint64_t autoclear_data_file_raw = 1u << 1;
 
+    // Encryption methods.
+    static constexpr std::uint32_t crypt_none = 0;
+    static constexpr std::uint32_t crypt_aes = 1;
+    static constexpr std::uint32_t crypt_luks = 2;
+
     // Header extensions.
     static constexpr std::uint32_t extension_end = 0;
     static constexpr std::uint32_t extension_backing_format = 0xe2792aca;

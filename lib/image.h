@@ -9,6 +9,7 @@
 #pragma once
 
 #include "check/report.h"
+#include "secret.h"
 #include "state.h"
 #include "subclusters.h"
 
@@ -34,6 +35,8 @@ class Image {
         std::optional<Repair> repair;
         /// The external data file, if the image has one; empty: as the image says.
         std::string data_file;
+        /// For an encrypted image; may be null.
+        std::shared_ptr<const Secret> passphrase;
         /// Gives the data file, for an image that is not opened by its path.
         std::function<std::unique_ptr<File>(const Header &)> open_data;
     };

@@ -243,7 +243,15 @@ void Image::trim_edge(GuestOffset at, std::uint64_t length) {
     state_.mapper.survey(g.cluster_of(at), std::span(&m, 1));
     if (!m.writable_in_place() && !(state_.raw_data && m.has_host()))
         return;
-    state_.data.punch_if_possible(g.offset_of(m.host) + g.within(first), last - first);
+    const HostOffset host = g.offset_of(m.host) + g.within(first);
+    if (state_.data.holes_are_zeroes())
+        return state_.data.punch_if_possible(host, last - first);
+    // Encrypted: no space comes back, but what was trimmed piece by piece reads as zeroes, and can go as a whole.
+    try {
+        state_.data.write_zeroes(host, last - first);
+    } catch (const Error &) {
+        // A trim is a hint.
+    }
 }
 
 } // namespace qlean

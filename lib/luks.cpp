@@ -71,6 +71,8 @@ SectorCipher unlock_luks(std::span<const std::byte> header, const Secret &passph
     const int key_bytes = crypt_get_volume_key_size(opened);
     if (key_bytes <= 0 || key_bytes > 512)
         throw_bad_image("'{}' is damaged: its LUKS header names a key of {} bytes", file, key_bytes);
+    SectorCipher::require_known(crypt_get_cipher(opened), crypt_get_cipher_mode(opened),
+                                static_cast<std::size_t>(key_bytes), file);
     Secret key(static_cast<std::size_t>(key_bytes));
     std::size_t size = key.size();
     const int slot = crypt_volume_key_get(opened, CRYPT_ANY_SLOT, reinterpret_cast<char *>(key.bytes().data()), &size,
@@ -82,6 +84,39 @@ SectorCipher unlock_luks(std::span<const std::byte> header, const Secret &passph
         throw_bad_image("'{}': the key slots of its LUKS header cannot be read: {}", file,
                         std::generic_category().message(-slot));
     return {crypt_get_cipher(opened), crypt_get_cipher_mode(opened), std::move(key), file};
+}
+
+std::optional<LuksUnlocked> unlock_image(File &file, const Header &header, const Secret *passphrase) {
+    const std::string &name = file.name();
+    const HeaderExtension *extension = header.extension(Header::extension_encryption);
+    if (header.crypt_method != Header::crypt_luks && extension != nullptr)
+        throw_bad_image("'{}' is damaged: it has an encryption header, but is not encrypted with LUKS", name);
+    if (header.crypt_method == Header::crypt_none)
+        return std::nullopt;
+    if (header.crypt_method != Header::crypt_luks)
+        throw Error(Error::Kind::unsupported, ENOTSUP,
+                    fmt::format("'{}' uses {}, which is not supported; convert it to LUKS with 'qemu-img convert'",
+                                name,
+                                header.crypt_method == Header::crypt_aes
+                                    ? "QEMU's legacy AES encryption"
+                                    : fmt::format("unknown encryption method {}", header.crypt_method)));
+    if (extension == nullptr)
+        throw_bad_image("'{}' is damaged: it is encrypted with LUKS, but does not say where its encryption header is",
+                        name);
+    const Geometry geometry = header.geometry();
+    const LuksPointer pointer = LuksPointer::parse(extension->data, geometry, name);
+    const std::uint64_t length = file.length();
+    if (pointer.at.value > length || pointer.length > length - pointer.at.value)
+        throw_bad_image("'{}' is truncated: its encryption header at {:#x} lies beyond the end of the file ({} bytes)",
+                        name, pointer.at.value, length);
+    if (passphrase == nullptr)
+        throw Error(
+            Error::Kind::denied, EACCES,
+            fmt::format("'{}' is encrypted: give its passphrase with passphrase=+FILE, or passphrase=- to be asked",
+                        name));
+    std::vector<std::byte> bytes(pointer.length);
+    file.read(bytes, pointer.at);
+    return LuksUnlocked{pointer.run(geometry), unlock_luks(bytes, *passphrase, name)};
 }
 
 } // namespace qlean

@@ -6,9 +6,12 @@
 #pragma once
 
 #include "address.h"
+#include "file.h"
+#include "header.h"
 #include "sector_cipher.h"
 
 #include <cstddef>
+#include <optional>
 #include <span>
 #include <string>
 
@@ -26,6 +29,16 @@ struct LuksPointer {
     /// The clusters it occupies.
     HostRun run(const Geometry &geometry) const { return {geometry.cluster_of(at), geometry.clusters_for(length)}; }
 };
+
+/// The header of an image that is encrypted with LUKS, and how to read its clusters.
+struct LuksUnlocked {
+    HostRun header;
+    SectorCipher cipher;
+};
+
+/// Nothing, for an image that is not encrypted. Throws Error also for one that is encrypted in another way, that
+/// contradicts itself, or that needs a passphrase (`passphrase` may be null).
+std::optional<LuksUnlocked> unlock_image(File &file, const Header &header, const Secret *passphrase);
 
 /// Opens `header` with `passphrase`. Throws Error: denied for a wrong passphrase, bad_image for no valid header,
 /// unsupported for a cipher that we do not have.

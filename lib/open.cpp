@@ -6,9 +6,11 @@
 #include "byte_order.h"
 #include "check/check.h"
 #include "data_file.h"
+#include "encrypted_file.h"
 #include "error.h"
 #include "image.h"
 #include "image_lock.h"
+#include "luks.h"
 #include "posix_file.h"
 
 namespace qlean {
@@ -170,6 +172,10 @@ std::unique_ptr<Image> Image::open(std::unique_ptr<File> file, const Options &op
                         fmt::format("'{}' keeps the guest's data in another file, and was opened without it", file->name()));
         data = std::make_unique<DataFile>(options.open_data(header), header, file->name());
     }
+    auto luks = unlock_image(*file, header, options.passphrase.get());
+    if (luks)
+        data = data ? std::make_unique<EncryptedFile>(std::move(data), std::move(luks->cipher))
+                    : std::make_unique<EncryptedFile>(*file, std::move(luks->cipher));
     const std::uint64_t end = std::max(file_end, counted_end);
     auto backing = open_backing(header, *file, options.above, options.cache_bytes / 2);
     Snapshots::Loaded snapshots = Snapshots::load(*file, header, length);
@@ -177,6 +183,7 @@ std::unique_ptr<Image> Image::open(std::unique_ptr<File> file, const Options &op
                   .data = std::move(data),
                   .backing = std::move(backing),
                   .header = std::move(header),
+                  .encryption_header = luks ? luks->header : HostRun{},
                   .header_sector = std::move(sector),
                   .l1_words = std::move(l1),
                   .refcount_table = std::move(table),

@@ -22,6 +22,8 @@ void walk_fixed(State &state, ReferenceVisitor &visitor) {
             fixed.push_back({Kind::l1_table, {g.cluster_of(state.l1.home()), g.clusters_for(state.l1.size() * 8)}});
         fixed.push_back(
             {Kind::refcount_table, {g.cluster_of(state.refcounts.home()), state.refcounts.table_clusters()}});
+        if (state.encryption_header.count > 0)
+            fixed.push_back({Kind::encryption_header, state.encryption_header});
         for (const auto &[region, cluster] : state.refcounts.blocks())
             fixed.push_back({Kind::refcount_block, {cluster, 1}});
         if (state.bitmaps) {

@@ -24,6 +24,7 @@ class ReferenceVisitor {
         snapshot_table,
         snapshot_l1_table,
         bitmap,
+        encryption_header,
     };
 
     virtual ~ReferenceVisitor() = default;

@@ -7,6 +7,7 @@
 #include <array>
 #include <mutex>
 #include <openssl/evp.h>
+#include <optional>
 #include <vector>
 
 namespace qlean {
@@ -78,6 +79,24 @@ Secret copy_of(const Secret &secret) {
     return copy;
 }
 
+/// "xts-plain64" in its parts.
+struct Mode {
+    explicit Mode(const std::string &text) {
+        const std::size_t dash = text.find('-');
+        chaining = text.substr(0, dash);
+        const std::string name = dash == std::string::npos ? "" : text.substr(dash + 1);
+        if (name == "plain64")
+            iv = Iv::plain64;
+        else if (name == "plain")
+            iv = Iv::plain;
+        else if (name == "essiv:sha256")
+            iv = Iv::essiv;
+    }
+
+    std::string chaining;
+    std::optional<Iv> iv;
+};
+
 const EVP_CIPHER *find_cipher(const std::string &name, const std::string &chaining, std::size_t key_bytes) {
     if (name != "aes")
         return nullptr;
@@ -130,34 +149,29 @@ struct SectorCipher::Parts {
 
 SectorCipher::SectorCipher(const std::string &name, const std::string &mode, Secret key, const std::string &file)
     : parts_(std::make_unique<Parts>()) {
-    const auto unsupported = [&] {
-        return Error(
-            Error::Kind::unsupported, ENOTSUP,
-            fmt::format("'{}' is encrypted with {}-{} and a key of {} bits, which is not supported; AES in XTS or "
-                        "CBC mode is",
-                        file, name, mode, key.size() * 8));
-    };
-    const std::size_t dash = mode.find('-');
-    const std::string chaining = mode.substr(0, dash), iv = dash == std::string::npos ? "" : mode.substr(dash + 1);
-    const EVP_CIPHER *cipher = find_cipher(name, chaining, key.size());
-    if (cipher == nullptr)
-        throw unsupported();
-    if (iv == "plain64") {
-        parts_->iv = Iv::plain64;
-    } else if (iv == "plain") {
-        parts_->iv = Iv::plain;
-    } else if (iv == "essiv:sha256") {
-        parts_->iv = Iv::essiv;
+    require_known(name, mode, key.size(), file);
+    const Mode parsed(mode);
+    parts_->iv = *parsed.iv;
+    if (parts_->iv == Iv::essiv) {
         Secret hash(32);
         unsigned n = 0;
         if (EVP_Digest(key.bytes().data(), key.size(), raw(hash.bytes().data()), &n, EVP_sha256(), nullptr) != 1)
             throw_failed("hashing a key");
         parts_->essiv = std::make_unique<Pool>(EVP_aes_256_ecb(), std::move(hash), encrypting);
-    } else {
-        throw unsupported();
     }
+    const EVP_CIPHER *cipher = find_cipher(name, parsed.chaining, key.size());
     parts_->encrypt = std::make_unique<Pool>(cipher, copy_of(key), encrypting);
     parts_->decrypt = std::make_unique<Pool>(cipher, std::move(key), decrypting);
+}
+
+void SectorCipher::require_known(const std::string &name, const std::string &mode, std::size_t key_bytes,
+                                 const std::string &file) {
+    const Mode parsed(mode);
+    if (find_cipher(name, parsed.chaining, key_bytes) == nullptr || !parsed.iv)
+        throw Error(Error::Kind::unsupported, ENOTSUP,
+                    fmt::format("'{}' is encrypted with {}-{} and a key of {} bits, which is not supported; AES in XTS "
+                                "or CBC mode is",
+                                file, name, mode, key_bytes * 8));
 }
 
 SectorCipher::~SectorCipher() = default;

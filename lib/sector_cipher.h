@@ -19,6 +19,9 @@ class SectorCipher {
   public:
     static constexpr std::size_t sector = 512;
 
+    /// As the constructor, before there is a key.
+    static void require_known(const std::string &name, const std::string &mode, std::size_t key_bytes,
+                              const std::string &file);
     /// `name` and `mode` as in a LUKS header ("aes", "xts-plain64"). Throws Error (unsupported) that names what it
     /// cannot do; `file` is for that sentence.
     SectorCipher(const std::string &name, const std::string &mode, Secret key, const std::string &file);

@@ -7,7 +7,7 @@ namespace qlean {
 State::State(Opened o)
     : file_owner(std::move(o.file)), data_owner(std::move(o.data)), backing(std::move(o.backing)), file(*file_owner),
       data(data_owner ? *data_owner : file),
-      raw_data(o.header.has_data_file() && (o.header.autoclear & Header::autoclear_data_file_raw)), geometry(o.header.geometry()), read_only(o.read_only), syncs(file, data),
+      encryption_header(o.encryption_header), raw_data(o.header.has_data_file() && (o.header.autoclear & Header::autoclear_data_file_raw)), geometry(o.header.geometry()), read_only(o.read_only), syncs(file, data),
       header(file, o.header, std::move(o.header_sector)), l1(std::move(o.l1_words), o.header.l1_offset),
       snapshots(geometry, file, syncs, l1, std::move(o.snapshots)), l2(geometry, file, syncs, l1, o.cache_bytes),
       refcounts(geometry, file, std::move(o.refcount_table), o.header.refcount_table_offset),
@@ -30,6 +30,8 @@ std::vector<HostRun> State::metadata_runs() const {
     if (l1.size() > 0)
         runs.push_back({geometry.cluster_of(l1.home()), geometry.clusters_for(l1.size() * 8)});
     runs.push_back({geometry.cluster_of(refcounts.home()), refcounts.table_clusters()});
+    if (encryption_header.count > 0)
+        runs.push_back(encryption_header);
     for (const auto &[region, cluster] : refcounts.blocks())
         runs.push_back({cluster, 1});
     for (std::uint64_t i = 0; i < l1.size(); ++i)

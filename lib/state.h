@@ -30,6 +30,7 @@ struct Opened {
     std::unique_ptr<File> data;       ///< null: the guest's data is in `file`
     std::unique_ptr<Backing> backing; ///< may be null
     Header header;
+    HostRun encryption_header; ///< empty: not encrypted
     std::vector<std::byte> header_sector;
     std::vector<std::uint64_t> l1_words, refcount_table; ///< as read, big-endian
     Snapshots::Loaded snapshots;
@@ -45,6 +46,7 @@ struct State {
     const std::unique_ptr<Backing> backing;
     File &file; ///< metadata
     File &data; ///< the guest's data: the same file, unless it has one of its own
+    const HostRun encryption_header; ///< stays where it is; empty: not encrypted
     const bool raw_data; ///< `data` is the guest's disk, byte for byte, and stays so
     const Geometry geometry;
     const bool read_only;

@@ -39,6 +39,21 @@ std::string absolute_path(const std::string &key, const std::string &value) {
     return path.get();
 }
 
+/// Never from the command line itself, which everybody on the machine can read.
+std::shared_ptr<const Secret> read_passphrase(const std::string &value) {
+    if (value.empty() || (value[0] != '+' && value[0] != '-'))
+        throw Error(Error::Kind::unsupported, EINVAL,
+                    "a passphrase on the command line can be read by everybody on this machine; give passphrase=+FILE "
+                    "(a file that holds it), passphrase=-FD (an open file descriptor), or passphrase=- to be asked");
+    char *text = nullptr;
+    if (nbdkit_read_password(value.c_str(), &text) == -1)
+        throw Error(Error::Kind::io, EINVAL, "the passphrase cannot be read (the reason is above)");
+    auto secret = std::make_shared<const Secret>(std::string_view(text));
+    ::explicit_bzero(text, std::strlen(text));
+    std::free(text);
+    return secret;
+}
+
 } // namespace
 
 void Options::set(const std::string &key, const std::string &value) {
@@ -46,6 +61,8 @@ void Options::set(const std::string &key, const std::string &value) {
         file = absolute_path(key, value);
     } else if (key == "data-file") {
         data_file = absolute_path(key, value);
+    } else if (key == "passphrase") {
+        passphrase = read_passphrase(value);
     } else if (key == "metadata-cache") {
         const std::int64_t size = nbdkit_parse_size(value.c_str());
         if (size <= 0)
@@ -64,7 +81,8 @@ void Options::set(const std::string &key, const std::string &value) {
         check_only = yes != 0;
     } else {
         throw Error(Error::Kind::unsupported, EINVAL,
-                    fmt::format("unknown parameter '{}'; the qcow2 plugin takes file=, data-file=, metadata-cache=, repair= and "
+                    fmt::format("unknown parameter '{}'; the qcow2 plugin takes file=, data-file=, passphrase=, metadata-cache=, "
+                                "repair= and "
                                 "check-only=",
                                 key));
     }

@@ -5,8 +5,10 @@
 #pragma once
 
 #include "lib/check/report.h"
+#include "lib/secret.h"
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 
@@ -16,6 +18,7 @@ struct Options {
     std::string file;                             ///< absolute
     std::string data_file;                        ///< absolute; empty: as the image says
     std::uint64_t cache_bytes = 64 * 1024 * 1024; ///< of L2 tables kept in memory
+    std::shared_ptr<const Secret> passphrase;     ///< of an encrypted image; may be null
     bool read_only = false;                       ///< nbdkit -r
     std::optional<Repair> repair;                 ///< before serving; nothing: what QEMU does
     bool check_only = false;                      ///< serve the verdict on the image, not the image

@@ -64,6 +64,7 @@ int get_ready() {
         options.cache_bytes = server().options.cache_bytes;
         options.repair = server().options.repair;
         options.data_file = server().options.data_file;
+        options.passphrase = std::exchange(server().options.passphrase, nullptr);
         server().nbdkit_version = running_nbdkit_version();
         if (server().options.check_only) {
             prepare_check_only(server());
@@ -201,6 +202,7 @@ nbdkit_plugin plugin = [] {
     p.config_complete = config_complete;
     p.config_help = "[file=]<DISK.qcow2>      (required) The image to serve.\n"
                     "data-file=<FILE>         The image's external data file, if it is not where the image says.\n"
+                    "passphrase=+FILE         The passphrase of an encrypted image (or -FD; - asks for it).\n"
                     "metadata-cache=<SIZE>    Memory for L2 tables (default 64M).\n"
                     "repair=none|leaks|all    What to repair before serving (default: a dirty image).\n"
                     "check-only=<BOOL>        Serve the export 'check' alone, of any image.";

@@ -64,7 +64,8 @@ std::string make_status_page(Server &server) {
     page["image"] = {{"file", state.file.name()},
                      {"qcow2_version", state.header.header().version},
                      {"virtual_size", g.virtual_size()},
-                     {"cluster_size", g.cluster_size()}};
+                     {"cluster_size", g.cluster_size()},
+                     {"encryption", state.encryption_header.count > 0 ? json("luks") : json(nullptr)}};
     if (const Backing *below = state.contents.below())
         page["image"]["backing"] = {{"file", below->name()}, {"size", below->size()}, {"depth", below->depth()}};
     page["file"] = {{"length", state.file.length()}, {"allocated", state.file.allocated()}};

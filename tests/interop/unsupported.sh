@@ -21,5 +21,3 @@ refused() {
 create -o compression_type=zstd "$W/compression.qcow2" 16M
 printf '\x02' | dd of="$W/compression.qcow2" bs=1 seek=104 conv=notrunc status=none
 refused compression 'compression type 2'
-create_luks "$W/luks.qcow2" 16M
-refused luks 'encrypt|luks'

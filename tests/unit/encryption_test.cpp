@@ -182,3 +182,69 @@ TEST_CASE("A LUKS header that lies about itself is refused") {
         b = std::byte(random());
     CHECK_THROWS_AS(unlock_luks(noise, Secret("x"), "disk.qcow2"), Error);
 }
+
+TEST_CASE("An image that is not encrypted as it says is refused") {
+    const auto disk = std::make_shared<FaultyDisk>(Bytes(1 << 20));
+    FaultyFile file(disk);
+    const Secret secret("x");
+    const auto refusal = [&](const Header &header, const Secret *passphrase = nullptr) -> std::string {
+        try {
+            if (!unlock_image(file, header, passphrase))
+                return "not encrypted";
+        } catch (const Error &error) {
+            return error.what();
+        }
+        return "";
+    };
+    const auto says = [](const std::string &text, const char *part) { return text.find(part) != std::string::npos; };
+    Header header;
+    CHECK(refusal(header) == "not encrypted");
+    header.crypt_method = Header::crypt_aes;
+    CHECK(says(refusal(header), "legacy AES"));
+    header.crypt_method = 3;
+    CHECK(says(refusal(header), "method 3"));
+    header.crypt_method = Header::crypt_luks;
+    CHECK(says(refusal(header), "does not say where"));
+    Bytes pointer(16);
+    store_be<std::uint64_t>(pointer, 0, 1 << 16);
+    store_be<std::uint64_t>(pointer, 8, 1 << 20);
+    header.extensions.push_back({Header::extension_encryption, pointer});
+    CHECK(says(refusal(header), "beyond the end"));
+    store_be<std::uint64_t>(pointer, 8, 1 << 18);
+    header.extensions[0].data = pointer;
+    CHECK(says(refusal(header), "give its passphrase"));
+    CHECK(says(refusal(header, &secret), "should hold a LUKS header"));
+    header.crypt_method = Header::crypt_none;
+    CHECK(says(refusal(header), "not encrypted with LUKS"));
+}
+
+TEST_CASE("An image whose data is encrypted is a byte array all the same") {
+    // What a LUKS image is once it is unlocked: fresh clusters are noise, nothing can be punched.
+    const std::uint64_t seed = fresh_seed();
+    INFO("QLEAN_SEED=" << seed);
+    std::mt19937_64 random(seed);
+    constexpr std::uint64_t size = 300 * 1024 + 512;
+    const auto below = std::make_shared<FaultyDisk>(Bytes(size));
+    Bytes bytes = empty_image(size, 4096);
+    store_be<std::uint64_t>(bytes, 72, Header::incompatible_data_file);
+    const auto disk = std::make_shared<FaultyDisk>(bytes);
+    Image::Options options;
+    options.open_data = [&](const Header &) {
+        return std::make_unique<EncryptedFile>(std::make_unique<FaultyFile>(below), cipher());
+    };
+    const auto image = Image::open(std::make_unique<FaultyFile>(disk), options);
+    Bytes model(size);
+    for (int i = 0; i < 500; ++i) {
+        const std::uint64_t at = random() % size, n = std::min<std::uint64_t>(1 + random() % 9000, size - at);
+        const auto from = model.begin() + static_cast<std::ptrdiff_t>(at);
+        if (random() % 3 == 0) {
+            image->zero({at}, n, random() % 2 ? Image::Zero::may_trim : Image::Zero::keep_space, false);
+            std::fill_n(from, n, std::byte{0});
+        } else {
+            const Bytes data = bytes_of(n, static_cast<unsigned>(random() % 256));
+            image->write(data, {at});
+            std::copy(data.begin(), data.end(), from);
+        }
+    }
+    CHECK(read_all(*image) == model);
+}

@@ -1,0 +1,141 @@
+#!/bin/bash
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) 2026, the qlean authors
+#
+# Usage: luks.sh 2|3|secrets. Images encrypted with LUKS: QEMU writes and we read the same, we write and QEMU reads,
+# compaction moves beside the guest (and so encrypts anew), killed servers lose nothing, and nothing of the guest's text is
+# in the file. secrets: how the passphrase is given, and what is refused.
+. "$(dirname "$0")/../lib.sh"
+need qemu-img qemu-io
+mode=${1:?2, 3 or secrets}
+printf 'open-sesame\n' >"$W/secret"
+printf 'wrong' >"$W/wrong"
+chmod 600 "$W/secret" "$W/wrong"
+secret=(--object secret,id=k,data=open-sesame)
+opts() { echo "driver=qcow2,file.filename=$1,encrypt.format=luks,encrypt.key-secret=k"; }
+qemu_does() { # IMAGE COMMAND...: qemu-io with the key
+    local image=$1 c args=()
+    shift
+    for c; do args+=(-c "$c"); done
+    qemu-io "${secret[@]}" "${args[@]}" --image-opts "$(opts "$image")" >"$W/qemu-io.txt" 2>&1 && ! grep -qi 'fail\|error' "$W/qemu-io.txt" ||
+        fail "qemu-io: $(cat "$W/qemu-io.txt")"
+}
+# QEMU checks an encrypted image only with its key; after a kill leaks (3) are allowed
+judge_luks() { # IMAGE [ALLOWED STATUS]
+    local rc=0
+    qemu-img check "${secret[@]}" --image-opts "$(opts "$1")" >"$W/judge.txt" 2>&1 || rc=$?
+    [ $rc = 0 ] || [ $rc = "${2:-0}" ] || { cat "$W/judge.txt" >&2; fail "qemu-img check of $1: $rc"; }
+}
+# same IMAGE: clean, and the model's bytes by QEMU's eyes
+same() {
+    judge_luks "$1"
+    qemu-img compare "${secret[@]}" --image-opts "$(opts "$1")" "driver=raw,file.filename=$W/model" >"$W/compare.txt" 2>&1 ||
+        fail "$1 and its model differ: $(cat "$W/compare.txt")"
+}
+
+if [ "$mode" = secrets ]; then
+    image=$W/disk.qcow2
+    create_luks "$image" 8M
+    before=$(sha "$image")
+    refuses() { # WHAT PATTERN PARAMETER...
+        local what=$1 pattern=$2 rc=0
+        shift 2
+        timeout 60 nbdkit -U - "$PLUGIN" file="$image" "$@" --run true >"$W/out.txt" 2>"$W/err.txt" </dev/null || rc=$?
+        { [ $rc != 0 ] && [ $rc -lt 124 ]; } || fail "$what: status $rc: $(cat "$W/err.txt")"
+        grep -Eq -- "$pattern" "$W/err.txt" || fail "$what: the sentence does not say '$pattern': $(cat "$W/err.txt")"
+        [ "$(sha "$image")" = "$before" ] || fail "$what: the image was changed"
+        echo "  $what: $(tail -n 1 "$W/err.txt" | sed 's/^nbdkit: error: //')"
+    }
+    refuses 'no passphrase' 'is encrypted: give its passphrase'
+    refuses 'a wrong one' 'the passphrase does not open' passphrase=+"$W/wrong"
+    refuses 'on the command line' 'can be read by everybody' passphrase=open-sesame
+    refuses 'a missing file' 'cannot be read' passphrase=+"$W/nowhere"
+    works() { nbdkit -U - "$PLUGIN" file="$image" "$@" --run 'nbdinfo --size "$uri"' >"$W/out.txt" 2>&1 || fail "$*: $(cat "$W/out.txt")"; }
+    works passphrase=+"$W/secret"
+    works passphrase=-7 7<"$W/secret"
+    works -r passphrase=+"$W/secret"
+    # in the daemon nothing is left for ps to show
+    start_server "$image" passphrase=+"$W/secret"
+    ! tr '\0' ' ' <"/proc/$SERVER/cmdline" | grep -q sesame || fail "the passphrase is on the command line"
+    [ "$(status .image.encryption)" = '"luks"' ] || fail "status: $(status .image)"
+    stop_server
+    expect_failure 'qlean without a passphrase' "$QLEAN" status "$image"
+    grep -q 'is encrypted' "$W/failed.txt" || fail "$(cat "$W/failed.txt")"
+    "$QLEAN" compact --passphrase-file "$W/secret" "$image" >"$W/qlean.log" 2>&1 || fail "$(cat "$W/qlean.log")"
+    judge_luks "$image"
+
+    # What is not LUKS, or not as we know it
+    before=$(sha "$image")
+    qemu-img create -q --object secret,id=k,data=open-sesame -f qcow2 -o encrypt.format=aes,encrypt.key-secret=k "$W/aes.qcow2" 8M 2>/dev/null
+    image=$W/aes.qcow2 before=$(sha "$W/aes.qcow2")
+    refuses 'legacy AES' 'legacy AES' passphrase=+"$W/secret"
+    create_luks "$W/twofish.qcow2" 8M -o encrypt.cipher-alg=twofish-256
+    image=$W/twofish.qcow2 before=$(sha "$image")
+    refuses 'another cipher' 'twofish-xts-plain64' passphrase=+"$W/secret"
+    # Other modes of AES
+    for o in cipher-alg=aes-128 cipher-alg=aes-256,encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=sha256 \
+        cipher-alg=aes-256,encrypt.cipher-mode=cbc,encrypt.ivgen-alg=plain64 cipher-alg=aes-256,encrypt.ivgen-alg=plain,encrypt.hash-alg=sha1; do
+        image=$W/other.qcow2
+        rm -f "$image" "$W/model"
+        create_luks "$image" 4M -o "encrypt.$o"
+        qemu_does "$image" 'write -P 17 1M 300k'
+        start_server "$image" passphrase=+"$W/secret"
+        nbdsh_do "$URI" 'assert h.pread(300 << 10, 1 << 20) == b"\x11" * (300 << 10); h.pwrite(b"\x22" * 1000, 2000077); h.flush()'
+        stop_server
+        qemu_does "$image" 'read -P 34 2000077 1000' 'read -P 17 1M 300k'
+        judge_luks "$image"
+    done
+    exit
+fi
+
+compat=1.1
+[ "$mode" = 3 ] || compat=0.10
+for cluster in 512 4k 64k 2M; do
+    image=$W/$cluster.qcow2
+    create_luks "$image" 12M -o "compat=$compat,cluster_size=$cluster"
+    qemu_does "$image" 'write -P 77 1234944 100352' 'write -P 3 6M 5M' 'discard 7M 1M' 'write -z 8M 1M'
+    qemu-img convert "${secret[@]}" --image-opts "$(opts "$image")" -O raw "$W/model"
+    start_server --reclaim "$image" passphrase=+"$W/secret"
+    nbdcopy "$URI" "$W/out"
+    cmp "$W/out" "$W/model" || fail "$cluster: what QEMU wrote is not what we read"
+    guest --model "$W/model" --requests 200 --largest 262144 >"$W/guest.log" 2>&1 || fail "$cluster: $(cat "$W/guest.log")"
+    guest_beside --model "$W/model" --largest 262144 --connections 2
+    compact
+    guest_end
+    compact
+    stop_server
+    same "$image"
+    qemu_does "$image" 'write -P 78 2234944 100352' 'discard 4M 2M'
+    qemu-img convert "${secret[@]}" --image-opts "$(opts "$image")" -O raw "$W/model"
+    start_server "$image" passphrase=+"$W/secret"
+    guest --model "$W/model" --requests 50 --largest 262144 >"$W/guest.log" 2>&1 || fail "$cluster: after QEMU: $(cat "$W/guest.log")"
+    nbdsh_do "$URI" 'h.flush()'
+    kill_server
+    judge_luks "$image" 3
+    start_server "$image" passphrase=+"$W/secret"
+    compact
+    stop_server
+    same "$image"
+done
+
+say 'the text of the guest is nowhere in the file, wherever its clusters went'
+image=$W/marker.qcow2
+create_luks "$image" 24M -o "compat=$compat,cluster_size=4k"
+start_server "$image" passphrase=+"$W/secret"
+nbdsh_do "$URI" '
+mark = b"the-secret-of-the-guest-" * 3072
+for at in range(0, 24 << 20, 1 << 20): h.pwrite(mark, at + 77)
+h.flush()
+for at in range(0, 12 << 20, 1 << 20): h.trim(1 << 20, at)
+h.flush()'
+compact
+nbdsh_do "$URI" '
+mark = b"the-secret-of-the-guest-" * 3072
+for at in range(12 << 20, 24 << 20, 1 << 20): assert h.pread(len(mark), at + 77) == mark
+for at in range(0, 12 << 20, 1 << 20): assert not any(h.pread(len(mark), at + 77))'
+stop_server
+! grep -qa 'the-secret-of-the' "$image" || fail "plain text in the image file"
+judge_luks "$image"
+lean_length=$(length "$image")
+[ "$lean_length" -lt $((4 << 20)) ] || fail "compact left $lean_length bytes"
+qemu_does "$image" 'read 0 24M' 'read -P 0 0 12M'
