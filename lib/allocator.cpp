@@ -16,9 +16,10 @@ constexpr std::uint64_t max_retired_bytes = 32 * 1024 * 1024;
 
 } // namespace
 
-Allocator::Allocator(const Geometry &geometry, File &file, Refcounts &refcounts, std::uint64_t end,
-                     std::function<std::vector<HostRun>()> metadata)
-    : geometry_(geometry), file_(file), refcounts_(refcounts), metadata_(std::move(metadata)), end_(end) {
+Allocator::Allocator(const Geometry &geometry, File &file, Refcounts &refcounts, const MetadataGuard &guard,
+                     std::uint64_t end, std::function<std::vector<HostRun>()> metadata)
+    : geometry_(geometry), file_(file), refcounts_(refcounts), guard_(guard), metadata_(std::move(metadata)),
+      end_(end) {
     resize_maps(end);
 }
 
@@ -124,6 +125,8 @@ void Allocator::untake(std::vector<Extent> &extents) {
 }
 
 void Allocator::add_free(std::uint64_t c, bool zero) {
+    if (guard_.has({c}))
+        return; // its refcount lied: it stays out of use
     free_.set(c);
     if (zero)
         zero_.set(c);

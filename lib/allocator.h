@@ -28,8 +28,8 @@ namespace qlean {
 
 class Allocator {
   public:
-    /// `end`: clusters of the file. `metadata`: gives clusters that are in use whatever their refcount says.
-    Allocator(const Geometry &geometry, File &file, Refcounts &refcounts, std::uint64_t end,
+    /// `guard`: what it has is never made free. `end`: clusters of the file. `metadata`: gives clusters that are in use whatever their refcount says.
+    Allocator(const Geometry &geometry, File &file, Refcounts &refcounts, const MetadataGuard &guard, std::uint64_t end,
               std::function<std::vector<HostRun>()> metadata);
 
     struct Extent {
@@ -186,6 +186,7 @@ class Allocator {
     Geometry geometry_;
     File &file_;
     Refcounts &refcounts_;
+    const MetadataGuard &guard_;
     std::function<std::vector<HostRun>()> metadata_;
 
     std::mutex length_mutex_; // held across every change of the file's length; before mutex_

@@ -247,7 +247,7 @@ void Image::trim_subclusters(GuestOffset at, std::uint64_t length) {
         const RangeLock::Exclusive guard(state_.ranges, at, length);
         Mapping m;
         state_.mapper.survey(c, std::span(&m, 1));
-        if (!m.has_host())
+        if (!m.has_host() || state_.mapper.claims_metadata(m))
             return Outcome::done;
         const Set gone = grid.covered(within, covering) & bitmap_of(m).data();
         if (gone != 0 && !state_.mapper.ensure_table(c, growth, Mapper::Missing::leave))

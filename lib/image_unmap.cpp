@@ -241,7 +241,7 @@ void Image::trim_edge(GuestOffset at, std::uint64_t length) {
     const RangeLock::Exclusive guard(state_.ranges, at, length);
     Mapping m;
     state_.mapper.survey(g.cluster_of(at), std::span(&m, 1));
-    if (!m.writable_in_place() && !(state_.raw_data && m.has_host()))
+    if ((!m.writable_in_place() && !(state_.raw_data && m.has_host())) || state_.mapper.claims_metadata(m))
         return;
     const HostOffset host = g.offset_of(m.host) + g.within(first);
     if (state_.data.holes_are_zeroes())

@@ -13,7 +13,31 @@ L1Table::L1Table(std::vector<std::uint64_t> words, HostOffset home)
         entries_[i].store(big_endian(words[i]), std::memory_order_relaxed);
 }
 
+void L1Table::guard_with(MetadataGuard &guard, std::uint64_t table_bytes) {
+    guard_ = &guard;
+    table_bytes_ = table_bytes;
+    guard.add(home(), size_ * 8);
+    for (std::uint64_t i = 0; i < size_; ++i)
+        if (const HostOffset at = table(i); at.value != 0)
+            guard.add(at, table_bytes);
+}
+
+void L1Table::set_home(HostOffset home) {
+    const HostOffset old = home_.exchange(home, std::memory_order_acq_rel);
+    if (guard_ == nullptr)
+        return;
+    guard_->remove(old, size_ * 8);
+    guard_->add(home, size_ * 8);
+}
+
 void L1Table::set(std::uint64_t i, std::uint64_t word) {
+    if (guard_ != nullptr) {
+        const HostOffset before = table(i), after = entry::table(word);
+        if (before.value != 0 && before != after)
+            guard_->remove(before, table_bytes_);
+        if (after.value != 0)
+            guard_->add(after, table_bytes_);
+    }
     entries_[i].store(word, std::memory_order_release);
     auto dirty = dirty_[i / sector_words];
     if (!dirty) {

@@ -10,6 +10,7 @@
 
 #include "address.h"
 #include "l2_entry.h"
+#include "metadata_guard.h"
 #include "rw_lock.h"
 
 #include <atomic>
@@ -55,12 +56,15 @@ class L1Table {
     std::vector<std::uint64_t> new_tables() const;
     void written(std::uint64_t i);
 
+    /// From now on `guard` knows this table and those it points to. Before anybody else uses it.
+    void guard_with(MetadataGuard &guard, std::uint64_t table_bytes);
+
     // For the commit leader.
     std::vector<DirtyRun> take_dirty();
     void put_back(const std::vector<DirtyRun> &runs);
     bool dirty() const { return dirty_count_.load(std::memory_order_acquire) != 0; }
     HostOffset home() const { return home_.load(std::memory_order_acquire); }
-    void set_home(HostOffset home) { home_.store(home, std::memory_order_release); }
+    void set_home(HostOffset home);
 
   private:
     static constexpr std::uint64_t sector_words = 64; // 512 bytes: what a disk writes whole
@@ -75,6 +79,8 @@ class L1Table {
     std::unique_ptr<std::atomic<std::uint64_t>[]> entries_; // host byte order
     std::unique_ptr<PaddedLock[]> locks_;
     std::atomic<HostOffset> home_; // changed by the leader
+    MetadataGuard *guard_ = nullptr;
+    std::uint64_t table_bytes_ = 0; ///< of an L2 table
 
     mutable std::mutex mutex_; // protects dirty_ and new_
     std::vector<bool> dirty_;  // per sector

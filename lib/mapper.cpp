@@ -47,8 +47,8 @@ void Mapper::append_references(std::vector<HostRun> &runs, const Mapping &mappin
 
 void Mapper::require_sane(GuestCluster c, const Mapping &mapping) const {
     if (mapping.kind == Mapping::Kind::damaged)
-        throw_bad_image("'{}' is damaged: the L2 entry of guest offset {:#x} points to no valid cluster; stop the "
-                        "server and run 'qemu-img check'",
+        throw_bad_image("'{}' is damaged: the L2 entry of guest offset {:#x} points to no valid cluster, or to the "
+                        "image's own metadata; stop the server and run 'qlean check'",
                         file_.name(), geometry_.offset_of(c).value);
 }
 
@@ -58,7 +58,7 @@ void Mapper::resolve(GuestCluster first, std::span<Mapping> out) {
         const auto n = std::min(batch, out.size() - done);
         l2_.read(first + done, std::span(words).first(n));
         for (std::size_t i = 0; i < n; ++i) {
-            out[done + i] = judged(first + done + i, words[i]);
+            out[done + i] = guarded(first + done + i, words[i]);
             require_sane(first + done + i, out[done + i]);
         }
         done += n;

@@ -25,9 +25,9 @@ namespace qlean {
 class Mapper {
   public:
     Mapper(const Geometry &geometry, const EntryFormat &format, File &file, L1Table &l1, L2Cache &l2,
-           Snapshots &snapshots, Allocator &allocator, CompressedClusters &compressed)
+           Snapshots &snapshots, Allocator &allocator, CompressedClusters &compressed, const MetadataGuard &guard)
         : geometry_(geometry), format_(format), file_(file), l1_(l1), l2_(l2), snapshots_(snapshots),
-          allocator_(allocator), compressed_(compressed) {}
+          allocator_(allocator), compressed_(compressed), guard_(guard) {}
 
     const EntryFormat &format() const { return format_; }
 
@@ -43,6 +43,10 @@ class Mapper {
     /// To be called before entries of the table that maps `c` change for the guest: the table exists after this (unless
     /// it may be missing), and is the active image's alone. False: commit first, then ask again.
     bool ensure_table(GuestCluster c, Allocator::Growth growth, Missing missing = Missing::create);
+    /// The entry lets the guest write into the image's own metadata.
+    bool claims_metadata(const Mapping &mapping) const {
+        return mapping.copied && mapping.has_host() && guard_.has(mapping.host) && !format_.external_data;
+    }
     /// The host clusters on which an entry holds a reference, one each.
     void append_references(std::vector<HostRun> &runs, const Mapping &mapping) const;
     /// The host cluster of an entry, if it is one of the data file: nothing counts it, and it never moves.
@@ -67,7 +71,7 @@ class Mapper {
         bool exists() const { return !pins_.empty(); }
         Mapping get(GuestCluster c) const;
         /// As get, taking an entry that cannot be used as it is instead of throwing.
-        Mapping peek(GuestCluster c) const { return exists() ? mapper_.judged(c, pin(c).load(c)) : Mapping{}; }
+        Mapping peek(GuestCluster c) const { return exists() ? mapper_.guarded(c, pin(c).load(c)) : Mapping{}; }
         L2Words words(GuestCluster c) const { return pin(c).load(c); }
         void set_words(GuestCluster c, const L2Words &words);
         /// The whole cluster is data in `host`, which belongs to this entry alone.
@@ -93,6 +97,14 @@ class Mapper {
     Mapping judged(GuestCluster c, const L2Words &words) const;
 
   private:
+    /// The same; damaged too if it claims the image's own metadata. Not for walks beside the guest: they may see an
+    /// entry that is out of date, and whose cluster is a table by now.
+    Mapping guarded(GuestCluster c, const L2Words &words) const {
+        Mapping mapping = judged(c, words);
+        if (claims_metadata(mapping))
+            mapping.kind = Mapping::Kind::damaged;
+        return mapping;
+    }
     /// A snapshot may have this table too. Without snapshots it is ours even where a crash left its flag clear.
     bool is_shared(std::uint64_t l1_word) const {
         return l1_word != 0 && (l1_word & entry::copied) == 0 && snapshots_.any();
@@ -107,6 +119,7 @@ class Mapper {
     Snapshots &snapshots_;
     Allocator &allocator_;
     CompressedClusters &compressed_;
+    const MetadataGuard &guard_;
 };
 
 } // namespace qlean

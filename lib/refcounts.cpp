@@ -108,6 +108,8 @@ std::vector<HostRun> Refcounts::decrement(HostRun run) {
         const std::uint64_t count = get(c);
         if (count == 0)
             continue; // the image lied; the cluster stays out of use until the next open
+        if (count == 1 && guard_ != nullptr && guard_->has(c))
+            continue; // it lied about its own metadata: this count is the metadata's
         Slice &s = slice(c);
         RefcountView view(s.bytes, geometry_.refcount_order());
         view.set(c.value % slice_counts(), count - 1);
@@ -184,13 +186,31 @@ void Refcounts::set_block(std::uint64_t region, HostOffset block) {
             it = slices_.erase(it);
         }
     }
+    if (guard_ != nullptr) {
+        if (table_[region] != 0)
+            guard_->remove(HostOffset{table_[region]}, geometry_.cluster_size());
+        if (block.value != 0)
+            guard_->add(block, geometry_.cluster_size());
+    }
     table_[region] = block.value;
 }
 
 void Refcounts::set_table(HostOffset home, std::uint64_t entries) {
     const std::lock_guard guard(home_lock_);
+    if (guard_ != nullptr) {
+        guard_->remove(home_, table_.size() * 8);
+        guard_->add(home, entries * 8);
+    }
     table_.resize(entries);
     home_ = home;
+}
+
+void Refcounts::guard_with(MetadataGuard &guard) {
+    guard_ = &guard;
+    guard.add(home_, table_.size() * 8);
+    for (const std::uint64_t block : table_)
+        if (block != 0)
+            guard.add(HostOffset{block}, geometry_.cluster_size());
 }
 
 } // namespace qlean

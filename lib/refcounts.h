@@ -10,6 +10,7 @@
 
 #include "address.h"
 #include "file.h"
+#include "metadata_guard.h"
 #include "refcount_block.h"
 #include "rw_lock.h"
 
@@ -60,6 +61,9 @@ class Refcounts {
     /// The table moved to `home`, with `entries` entries (existing ones kept, new ones zero).
     void set_table(HostOffset home, std::uint64_t entries);
 
+    /// From now on `guard` knows the table and the blocks. Before anybody else uses this.
+    void guard_with(MetadataGuard &guard);
+
     /// Held exclusively while bytes of blocks or the table's homes change.
     RwLock &home_lock() { return home_lock_; }
 
@@ -83,6 +87,7 @@ class Refcounts {
     HostOffset home_;
     std::map<std::uint64_t, Slice> slices_; // leader only; by cluster / slice_counts()
     std::uint64_t dirty_count_ = 0;
+    MetadataGuard *guard_ = nullptr;
 };
 
 } // namespace qlean

@@ -15,6 +15,7 @@
 #include "l1_table.h"
 #include "l2_cache.h"
 #include "mapper.h"
+#include "metadata_guard.h"
 #include "range_lock.h"
 #include "refcounts.h"
 #include "snapshots.h"
@@ -52,6 +53,7 @@ struct State {
     const bool read_only;
     SyncLog syncs;
     HeaderHome header;
+    MetadataGuard guard;
     L1Table l1;
     Snapshots snapshots;
     L2Cache l2;

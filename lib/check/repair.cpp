@@ -389,9 +389,10 @@ CheckReport repair_file(File &file, Repair how, const StopCheck &stop) {
                 if (h.version >= 3)
                     h.incompatible |= Header::incompatible_dirty;
             });
-            if (mender->mend_entries())
-                mender.emplace(file, stop);
-            if (mender->separate())
+            // Each may make room for the other: an entry that is no more shares nothing, a table of its own may be
+            // written.
+            constexpr int most = 4;
+            for (int i = 0; i < most && (mender->mend_entries() || mender->separate()); ++i)
                 mender.emplace(file, stop);
             mender->everything();
         }

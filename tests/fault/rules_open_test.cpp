@@ -277,12 +277,10 @@ TEST_CASE("C9: opening and reading changes nothing, autoclear bits included") {
     CHECK((s.disk->bytes() == built.bytes));
 }
 
-TEST_CASE("C9: the dirty and the corrupt bit are refused, and never set") {
-    for (const std::uint64_t bit : {1, 2}) {
-        BuiltImage built = build_image(ImagePlan{});
-        built.set_word(72, bit);
-        CHECK_THROWS_AS(open_image(std::make_shared<FaultyDisk>(built.bytes)), Error);
-    }
+TEST_CASE("C9: the corrupt bit is refused; it and the dirty bit are never set") {
+    BuiltImage built = build_image(ImagePlan{});
+    built.set_word(72, 2);
+    CHECK_THROWS_AS(open_image(std::make_shared<FaultyDisk>(built.bytes)), Error);
     Scene s(build_image(ImagePlan{}).bytes);
     s.guest->write(0, 5000);
     s.guest->flush();

@@ -5,8 +5,9 @@
 # Usage: check.py QLEAN DIRECTORY [SEED]. Images of every kind, made by qemu-img, and damaged in every way that a check
 # tells apart, alone and several at once: `qlean check` says of each what `qemu-img check` says, number for number. After
 # `qlean check --repair all` neither finds anything, unless something is beyond repair, which `qemu-img check -r all`
-# leaves too; and whoever owned its bytes alone still reads them.
+# leaves too; and the disk has the bytes that it had.
 """Compares qlean check with qemu-img check on damaged images."""
+import filecmp
 import json
 import os
 import random
@@ -286,11 +287,15 @@ DAMAGES = [leak, refcount_zero, refcount_too_high, metadata_uncounted, flag_clea
            block_reserved_bits, dirty, subcluster_bits, subcluster_no_cluster, snapshot_l1, truncated]
 
 
+# After these, what the guest sees is metadata, which the repair changes; or an entry that means nothing becomes zeroes.
+CHANGES = {"into_metadata", "subcluster_bits", "subcluster_no_cluster", "misaligned_zero"}
+
+
 # --- the comparison -----------------------------------------------------------------------------------------------
 
 class Case:
-    def __init__(self, qlean, path, name):
-        self.qlean, self.path, self.name = qlean, path, name
+    def __init__(self, qlean, path, name, loses):
+        self.qlean, self.path, self.name, self.loses = qlean, path, name, loses
 
     def fail(self, text):
         print(f"FAIL: {self.name}: {text}", file=sys.stderr)
@@ -333,6 +338,9 @@ class Case:
         """--repair all, judged by qemu-img and by what qemu-img's own repair can do."""
         twin = self.path + ".twin"
         shutil.copyfile(self.path, twin)
+        # What QEMU reads of the damaged image, if it reads it at all, is what it reads after the repair.
+        raw = ("convert", "-q", "-f", "qcow2", "-O", "raw", self.path)
+        readable = run("qemu-img", *raw, self.path + ".before").returncode == 0
         code, mine, said = self.ours("--repair", "all")
         after, _, theirs_said = self.qemu()
         if after != 0:
@@ -344,6 +352,10 @@ class Case:
                 self.fail(f"qlean calls it repaired, qemu-img does not: {theirs_said}")
         elif code != 0:
             self.fail(f"qemu-img finds the repaired image clean, qlean check --repair all ends with {code}: {said} {mine}")
+        elif readable:
+            must("qemu-img", *raw, self.path + ".after")
+            if not filecmp.cmp(self.path + ".before", self.path + ".after", shallow=False) and not self.loses:
+                self.fail("the disk has other bytes after the repair")
         os.unlink(twin)
         return after == 0
 
@@ -375,7 +387,7 @@ def main():
             name = f"{kind}: {', '.join(done) or 'sound'} (QLEAN_SEED={seed})"
             if only and only not in name:
                 continue
-            case = Case(qlean, path, name)
+            case = Case(qlean, path, name, bool(CHANGES & set(done)))
             code = case.compare()
             cases += 1
             damaged += code != 0
