@@ -49,6 +49,15 @@ void take_time(CompactOptions &options, const std::string &text) {
     }
 }
 
+void take_size(ResizeOptions &options, const std::string &text) {
+    options.relative = text.rfind('+', 0) == 0;
+    const auto bytes = parse_size(options.relative ? text.substr(1) : text);
+    if (!bytes) {
+        throw CLI::ValidationError("SIZE", "'" + text + "' is not a size; examples: 20G, +512M, 21474836480");
+    }
+    options.bytes = *bytes;
+}
+
 int run(int argc, char **argv) {
     CLI::App app("qlean keeps QCOW2 images lean while their virtual machines run.", "qlean");
     app.set_version_flag("--version", "qlean " QLEAN_VERSION);
@@ -108,6 +117,16 @@ int run(int argc, char **argv) {
     add_common(snapshot_delete, snapshot.target, snapshot.nbdkit);
     snapshot_delete->add_option("NAME", snapshot.name, "Its name, or its id")->required();
     snapshot_delete->final_callback([&] { code = run_snapshot_delete(snapshot); });
+    ResizeOptions resize;
+    auto *resize_command = app.add_subcommand("resize", "Make the disk of an image larger, while it is in use");
+    add_common(resize_command, resize.target, resize.nbdkit);
+    resize_command
+        ->add_option_function<std::string>(
+            "SIZE", [&](const std::string &text) { take_size(resize, text); },
+            "The new size of the disk, or +SIZE for so much more; suffixes K, M, G, T")
+        ->required()
+        ->type_name("SIZE");
+    resize_command->final_callback([&] { code = run_resize(resize); });
 
     ServeOptions serve;
     auto *serve_command = app.add_subcommand("serve", "Serve an image with nbdkit in the foreground");

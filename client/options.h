@@ -55,6 +55,13 @@ struct CheckOptions {
     bool json = false;
 };
 
+struct ResizeOptions {
+    std::string target;
+    std::string nbdkit = "nbdkit";
+    std::uint64_t bytes = 0;
+    bool relative = false; // so much more
+};
+
 struct ServeOptions {
     std::string image;
     std::string socket; // empty: IMAGE.sock
@@ -71,6 +78,7 @@ ExitCode run_compact(const CompactOptions &options);
 ExitCode run_check(const CheckOptions &options);
 ExitCode run_snapshot_list(const SnapshotOptions &options);
 ExitCode run_snapshot_delete(const SnapshotOptions &options);
+ExitCode run_resize(const ResizeOptions &options);
 ExitCode run_serve(const ServeOptions &options);
 
 } // namespace qlean

@@ -42,7 +42,10 @@ int DiskExport::prepare(nbdkit_next *next) {
     const std::int64_t size = next->get_size(next);
     if (size == -1)
         return -1;
-    // A disk that has changed its size since it was first seen is passed through: the record knows another end.
+    // A disk that was resized is larger for new connections; one that became smaller is passed through, for the record
+    // knows another end.
+    if (watcher_)
+        watcher_->grow(static_cast<std::uint64_t>(size));
     watched_ = watcher_ && static_cast<std::uint64_t>(size) == watcher_->geometry().disk_size();
     return 0;
 }

@@ -2,12 +2,14 @@
 // Copyright (c) 2026, the qlean authors
 //
 // How the disk is cut up: bytes into clusters (the unit the image can free) and clusters into granules (the unit the
-// record remembers). Pure arithmetic; the last cluster and the last granule may be cut short by the end of the disk.
+// record remembers). Arithmetic; the last cluster and the last granule may be cut short by the end of the disk.
 
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <memory>
 
 namespace qlean {
 
@@ -39,9 +41,12 @@ class Geometry {
     }
 
     Geometry(std::uint64_t disk_size, std::uint32_t cluster_size)
-        : disk_size_(disk_size), cluster_size_(cluster_size), granule_size_(std::min(largest_granule, cluster_size)) {}
+        : disk_size_(std::make_shared<std::atomic<std::uint64_t>>(disk_size)), cluster_size_(cluster_size),
+          granule_size_(std::min(largest_granule, cluster_size)) {}
 
-    std::uint64_t disk_size() const { return disk_size_; }
+    std::uint64_t disk_size() const { return disk_size_->load(std::memory_order_relaxed); }
+    /// The disk became larger: so it is for every copy of this geometry. Nobody may be relying on the last cluster.
+    void grow(std::uint64_t disk_size) { disk_size_->store(disk_size, std::memory_order_relaxed); }
     std::uint32_t cluster_size() const { return cluster_size_; }
     std::uint32_t granule_size() const { return granule_size_; }
 
@@ -57,7 +62,7 @@ class Geometry {
     ClusterRun covered(ByteRange r) const {
         r = clip(r);
         const std::uint64_t first = round_up(r.begin) / cluster_size_;
-        const std::uint64_t end = r.end == disk_size_ ? round_up(r.end) / cluster_size_ : r.end / cluster_size_;
+        const std::uint64_t end = r.end == disk_size() ? round_up(r.end) / cluster_size_ : r.end / cluster_size_;
         return {first, std::max(first, end)};
     }
 
@@ -69,14 +74,14 @@ class Geometry {
         return static_cast<std::uint32_t>((b.length() + granule_size_ - 1) / granule_size_);
     }
 
-    ByteRange clip(ByteRange r) const { return {std::min(r.begin, disk_size_), std::min(r.end, disk_size_)}; }
+    ByteRange clip(ByteRange r) const { return {std::min(r.begin, disk_size()), std::min(r.end, disk_size())}; }
 
   private:
     std::uint64_t round_up(std::uint64_t offset) const {
         return (offset + cluster_size_ - 1) / cluster_size_ * cluster_size_;
     }
 
-    std::uint64_t disk_size_;
+    std::shared_ptr<std::atomic<std::uint64_t>> disk_size_;
     std::uint32_t cluster_size_;
     std::uint32_t granule_size_;
 };

@@ -32,6 +32,7 @@ int ReclaimExport::prepare(nbdkit_next *next) {
     const std::int64_t size = next->get_size(next);
     if (size == -1)
         return -1;
+    watcher_.grow(static_cast<std::uint64_t>(size));
     const bool same_disk = static_cast<std::uint64_t>(size) == watcher_.geometry().disk_size();
     able_ = !readonly_ && same_disk && (disk_.trims || disk_.zeroes);
     return 0;

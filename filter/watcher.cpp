@@ -26,6 +26,19 @@ bool holds_a_granule(ByteRange r, std::uint64_t granule) { return (r.begin + gra
 
 } // namespace
 
+void Watcher::grow(std::uint64_t disk_size) {
+    if (disk_size <= geometry_.disk_size())
+        return;
+    const Hold everything(locks_, {0, ClusterLocks::stripes}, ClusterLocks::Mode::exclusive);
+    const std::uint64_t before = geometry_.disk_size();
+    if (disk_size <= before)
+        return;
+    // The last cluster may have been complete with fewer granules than it has now.
+    if (before % geometry_.cluster_size() != 0)
+        record_.forget({before / geometry_.cluster_size(), before / geometry_.cluster_size() + 1});
+    geometry_.grow(disk_size);
+}
+
 int Watcher::write(const InnerDisk &disk, const void *buffer, std::uint32_t count, std::uint64_t offset,
                    std::uint32_t flags, int *err) {
     const ByteRange range = range_of(offset, count);

@@ -41,6 +41,8 @@ class Watcher {
     Watcher(Geometry geometry, std::size_t memory) : geometry_(geometry), record_(geometry, memory) {}
 
     const Geometry &geometry() const { return geometry_; }
+    /// The disk has at least this size now: it may be resized between two connections.
+    void grow(std::uint64_t disk_size);
 
     int write(const InnerDisk &disk, const void *buffer, std::uint32_t count, std::uint64_t offset, std::uint32_t flags,
               int *err);

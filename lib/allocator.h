@@ -77,11 +77,12 @@ class Allocator {
     Reservation reserve_contiguous_below(std::uint64_t count, HostCluster limit, HostCluster floor = {0},
                                          Embargo embargo = Embargo::lifted);
 
+    /// Exactly `count` adjacent clusters anywhere, at the end of a file that grows if need be. Empty: refcount blocks do
+    /// not cover that much.
+    Reservation reserve_contiguous(std::uint64_t count);
+
     /// From now on nobody is handed a cluster of `run` (empty: lifted), so that it can be emptied for a table.
     void embargo(HostRun run);
-
-    /// As reserve_contiguous_below the end of the file, which grows if it must. Empty: commit, and try again.
-    Reservation reserve_contiguous(std::uint64_t count);
 
     /// More references to each cluster of `run`, which stay in use until as many are retired. To be followed by touch()
     /// when what refers is stored.

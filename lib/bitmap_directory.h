@@ -64,6 +64,13 @@ struct BitmapEntry {
 std::vector<BitmapEntry> parse_bitmap_directory(std::span<const std::byte> bytes, std::uint32_t count,
                                                 const Geometry &geometry, const std::string &file);
 
+/// The whole directory, and where it is.
+struct BitmapDirectory {
+    HostOffset at;
+    std::uint64_t bytes = 0;
+    std::vector<BitmapEntry> entries;
+};
+
 /// What a word of a bitmap table says of one cluster of bits.
 struct BitmapWord {
     enum class Kind : std::uint8_t { zeroes, ones, stored, damaged };

@@ -11,66 +11,79 @@ namespace {
 
 constexpr int max_commits_for_space = 4;
 
-} // namespace
-
-Bitmaps::Bitmaps(const Geometry &geometry, File &file, HeaderHome &header, Refcounts &refcounts, Allocator &allocator,
-                 WriteBack &write_back, Metadata metadata)
-    : geometry_(geometry), file_(file), header_(header), refcounts_(refcounts), allocator_(allocator),
-      write_back_(write_back), metadata_(std::move(metadata)) {}
-
-// --- opening ------------------------------------------------------------------------------------------------------
-
-std::unique_ptr<Bitmaps> Bitmaps::open(const Geometry &geometry, File &file, HeaderHome &home, Refcounts &refcounts,
-                                       Allocator &allocator, WriteBack &write_back, Metadata metadata) {
-    const Header header = home.header();
-    const HeaderExtension *extension = header.extension(Header::extension_bitmaps);
-    if (!header.bitmaps_count() || !extension)
-        return nullptr;
-    for (const HeaderExtension &other : header.extensions)
-        if (other.type == extension->type && &other != extension)
-            throw_bad_image("'{}' is damaged: it has more than one bitmaps header extension", file.name());
-    auto bitmaps = std::unique_ptr<Bitmaps>(
-        new Bitmaps(geometry, file, home, refcounts, allocator, write_back, std::move(metadata)));
-    bitmaps->load(BitmapsExtension::parse(extension->data, geometry, file.name()));
-    return bitmaps;
+std::uint64_t table_clusters(const Geometry &geometry, const BitmapEntry &entry) {
+    return geometry.clusters_for(entry.table_bytes());
 }
 
-void Bitmaps::load(const BitmapsExtension &extension) {
-    directory_ = extension.directory;
-    directory_bytes_ = extension.directory_bytes;
-    if (directory_run().end().value > allocator_.end())
-        throw_bad_image("'{}' is truncated: its bitmap directory at {:#x} lies beyond the end of the file",
-                        file_.name(), directory_.value);
-    std::vector<std::byte> bytes(directory_bytes_);
-    file_.read(bytes, directory_);
-    entries_ = parse_bitmap_directory(bytes, extension.count, geometry_, file_.name());
-    require_tables();
+/// In host byte order; empty if the table lies beyond the end of the file.
+std::vector<std::uint64_t> read_words(const Geometry &geometry, File &file, const BitmapEntry &entry,
+                                      std::uint64_t end) {
+    if (geometry.cluster_of(entry.table).value + table_clusters(geometry, entry) > end)
+        return {};
+    std::vector<std::uint64_t> words(entry.table_size);
+    const auto data = file.next_data(entry.table);
+    if (data && *data < entry.table + entry.table_bytes())
+        file.read(std::as_writable_bytes(std::span(words)), entry.table);
+    for (std::uint64_t &word : words)
+        word = big_endian(word);
+    return words;
+}
+
+bool impossible(const BitmapWord &word, std::uint64_t end) {
+    return word.kind == BitmapWord::Kind::damaged || (word.kind == BitmapWord::Kind::stored && word.host.value >= end);
 }
 
 /// What QEMU would read when it opens the image has to make sense; a bitmap that is inconsistent may not.
-void Bitmaps::require_tables() const {
+void require_tables(const BitmapDirectory &directory, const Geometry &geometry, File &file, std::uint64_t end) {
     std::uint64_t clusters = 0;
-    for (const BitmapEntry &e : entries_) {
+    for (const BitmapEntry &e : directory.entries) {
         // Every table has its own clusters: the file bounds what there is to read.
-        clusters += table_run(e).count;
-        if (clusters > allocator_.end())
-            throw_bad_image("'{}' is damaged: its bitmap tables are larger than the file", file_.name());
+        clusters += table_clusters(geometry, e);
+        if (clusters > end)
+            throw_bad_image("'{}' is damaged: its bitmap tables are larger than the file", file.name());
         if (e.in_use())
             continue;
-        const auto table = read_table(e);
+        const auto table = read_words(geometry, file, e, end);
         if (table.empty())
             throw_bad_image("'{}' is truncated: the table of a bitmap at {:#x} lies beyond the end of the file",
-                            file_.name(), e.table.value);
-        for (const std::uint64_t word : table) {
-            const BitmapWord w = BitmapWord::decode(word, geometry_);
-            if (w.kind == BitmapWord::Kind::damaged ||
-                (w.kind == BitmapWord::Kind::stored && w.host.value >= allocator_.end()))
+                            file.name(), e.table.value);
+        for (const std::uint64_t word : table)
+            if (impossible(BitmapWord::decode(word, geometry), end))
                 throw_bad_image("'{}' is damaged: the bitmap table at {:#x} has the impossible entry {:#x}; see "
                                 "'qemu-img check'",
-                                file_.name(), e.table.value, word);
-        }
+                                file.name(), e.table.value, word);
     }
 }
+
+} // namespace
+
+// --- opening ------------------------------------------------------------------------------------------------------
+
+std::optional<BitmapDirectory> Bitmaps::read(File &file, const Header &header, std::uint64_t end) {
+    const Geometry geometry = header.geometry();
+    const HeaderExtension *extension = header.extension(Header::extension_bitmaps);
+    if (!header.bitmaps_count() || !extension)
+        return std::nullopt;
+    for (const HeaderExtension &other : header.extensions)
+        if (other.type == extension->type && &other != extension)
+            throw_bad_image("'{}' is damaged: it has more than one bitmaps header extension", file.name());
+    const auto place = BitmapsExtension::parse(extension->data, geometry, file.name());
+    if (geometry.cluster_of(place.directory).value + geometry.clusters_for(place.directory_bytes) > end)
+        throw_bad_image("'{}' is truncated: its bitmap directory at {:#x} lies beyond the end of the file", file.name(),
+                        place.directory.value);
+    std::vector<std::byte> bytes(place.directory_bytes);
+    file.read(bytes, place.directory);
+    BitmapDirectory directory{place.directory, place.directory_bytes,
+                              parse_bitmap_directory(bytes, place.count, geometry, file.name())};
+    require_tables(directory, geometry, file, end);
+    return directory;
+}
+
+Bitmaps::Bitmaps(BitmapDirectory directory, const Geometry &geometry, File &file, HeaderHome &header,
+                 Refcounts &refcounts, Allocator &allocator, WriteBack &write_back, Metadata metadata)
+    : geometry_(geometry), file_(file), header_(header), refcounts_(refcounts), allocator_(allocator),
+      write_back_(write_back), metadata_(std::move(metadata)), directory_(directory.at),
+      directory_bytes_(directory.bytes), entries_(std::move(directory.entries)) {}
 
 // --- where things are ---------------------------------------------------------------------------------------------
 
@@ -85,15 +98,7 @@ HostRun Bitmaps::directory_run() const {
 }
 
 std::vector<std::uint64_t> Bitmaps::read_table(const BitmapEntry &entry) const {
-    if (table_run(entry).end().value > allocator_.end())
-        return {};
-    std::vector<std::uint64_t> words(entry.table_size);
-    const auto data = file_.next_data(entry.table);
-    if (data && *data < entry.table + entry.table_bytes())
-        file_.read(std::as_writable_bytes(std::span(words)), entry.table);
-    for (std::uint64_t &word : words)
-        word = big_endian(word);
-    return words;
+    return read_words(geometry_, file_, entry, allocator_.end());
 }
 
 std::vector<HostRun> Bitmaps::runs() const {
@@ -120,11 +125,8 @@ std::optional<std::string> Bitmaps::damage() const {
         const BitmapEntry e = entry(i);
         const auto table = read_table(e);
         bool damaged = table.empty();
-        for (const std::uint64_t word : table) {
-            const BitmapWord w = BitmapWord::decode(word, geometry_);
-            damaged = damaged || w.kind == BitmapWord::Kind::damaged ||
-                      (w.kind == BitmapWord::Kind::stored && w.host.value >= allocator_.end());
-        }
+        for (const std::uint64_t word : table)
+            damaged = damaged || impossible(BitmapWord::decode(word, geometry_), allocator_.end());
         if (damaged)
             return fmt::format("the table of a bitmap at {:#x} is not valid", e.table.value);
     }
@@ -159,7 +161,7 @@ void Bitmaps::switch_stored(std::size_t i, const std::vector<std::pair<std::uint
 
 void Bitmaps::begin() {
     const std::lock_guard guard(begin_mutex_);
-    if (begun_)
+    if (begun_ || paused_)
         return;
     write_back_.lead([this] { begin_as_leader(); });
     begun_.store(true, std::memory_order_release);

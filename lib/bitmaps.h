@@ -32,9 +32,11 @@ class Bitmaps {
     /// What else is in use, whatever refcounts say.
     using Metadata = std::function<std::vector<HostRun>()>;
 
-    /// Null if the image has no bitmaps that count. Reads and judges directory and tables, as QEMU does.
-    static std::unique_ptr<Bitmaps> open(const Geometry &geometry, File &file, HeaderHome &header, Refcounts &refcounts,
-                                         Allocator &allocator, WriteBack &write_back, Metadata metadata);
+    /// Nothing if the image has no bitmaps that count. Reads and judges directory and tables, as QEMU does; `end`:
+    /// clusters of the file.
+    static std::optional<BitmapDirectory> read(File &file, const Header &header, std::uint64_t end);
+    Bitmaps(BitmapDirectory directory, const Geometry &geometry, File &file, HeaderHome &header, Refcounts &refcounts,
+            Allocator &allocator, WriteBack &write_back, Metadata metadata);
 
     /// To be called after WriteBack::before_change() and before anything of the range changes, with no lock held.
     /// The first call makes in_use durable.
@@ -47,6 +49,17 @@ class Bitmaps {
     /// At a clean end, when nothing changes any more: the tracked bitmaps are right in the file again. False: they
     /// were.
     bool store();
+    // For a disk that is resized, while nothing else is running.
+
+    /// Throws Error if the bitmaps do not allow it, as QEMU does.
+    void require_resizable(const Geometry &wanted) const;
+    /// What changes meanwhile is not marked.
+    void pause(bool paused) { paused_ = paused; }
+    /// Tables as long as this disk wants, of consistent bitmaps whose table is too short; these are inconsistent until
+    /// tables_grown(), to be called when the file has the new size. As leader; `reserve` gives adjacent clusters.
+    std::vector<std::size_t> grow_tables(const std::function<Allocator::Reservation(std::uint64_t)> &reserve);
+    void tables_grown(const std::vector<std::size_t> &grown);
+
     /// Called with the reason if the bitmaps had to be given up.
     void on_problem(std::function<void(const std::exception &)> report) { report_ = std::move(report); }
 
@@ -59,6 +72,11 @@ class Bitmaps {
     /// A sentence about the first table (of a bitmap that is inconsistent anyway) that makes no sense, if there is one.
     std::optional<std::string> damage() const;
 
+    /// As it is in the file.
+    BitmapDirectory directory() const {
+        const std::lock_guard guard(mutex_);
+        return {directory_, directory_bytes_, entries_};
+    }
     std::size_t size() const { return entries_.size(); }
     /// A copy: the leader may be moving it.
     BitmapEntry entry(std::size_t i) const;
@@ -81,10 +99,6 @@ class Bitmaps {
         DirtyBits bits;
     };
 
-    Bitmaps(const Geometry &geometry, File &file, HeaderHome &header, Refcounts &refcounts, Allocator &allocator,
-            WriteBack &write_back, Metadata metadata);
-    void load(const BitmapsExtension &extension);
-    void require_tables() const;
     void begin();
     void begin_as_leader();
     void write_flags(std::size_t i, std::uint32_t flags);
@@ -106,6 +120,7 @@ class Bitmaps {
 
     std::mutex begin_mutex_; // nothing else held; leads within
     std::atomic<bool> begun_{false};
+    bool paused_ = false;
     std::vector<Tracked> tracked_; // made by begin(), and let go by store(), beside which nothing is marked
     std::atomic<bool> given_up_{false};
 

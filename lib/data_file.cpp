@@ -100,15 +100,16 @@ std::unique_ptr<PosixFile> open_data_file(const Header &header, const PosixFile 
 DataFile::DataFile(std::unique_ptr<File> file, const Header &header, const std::string &image)
     : file_(std::move(file)), disk_size_(header.virtual_size) {
     const bool raw = header.autoclear & Header::autoclear_data_file_raw;
-    if (const std::uint64_t length = file_->length(); raw && length < disk_size_)
+    if (const std::uint64_t length = file_->length(); raw && length < header.virtual_size)
         throw_bad_image(
             "'{}' is truncated: it should be the whole disk of '{}', {} bytes, but has {}; restore it, or, if what "
             "is missing was zeroes, lengthen it with 'truncate -s {}'",
-            file_->name(), image, disk_size_, length, disk_size_);
+            file_->name(), image, header.virtual_size, length, header.virtual_size);
 }
 
 std::uint64_t DataFile::inside(HostOffset at, std::uint64_t length) const {
-    return at.value >= disk_size_ ? 0 : std::min(length, disk_size_ - at.value);
+    const std::uint64_t end = disk_size_;
+    return at.value >= end ? 0 : std::min(length, end - at.value);
 }
 
 void DataFile::write(std::span<const std::byte> from, HostOffset at) {
@@ -127,6 +128,14 @@ bool DataFile::zero_keeping_space(HostOffset at, std::uint64_t length) {
 }
 
 void DataFile::truncate(std::uint64_t) { throw std::logic_error("a data file keeps its length"); }
+
+void DataFile::grow_disk(std::uint64_t from, std::uint64_t to) {
+    // What was beyond the end of the disk is nothing that a guest may see.
+    if (file_->length() > from)
+        file_->truncate(from);
+    file_->truncate(to);
+    disk_size_ = to;
+}
 
 void DataFile::reserve_space(HostOffset at, std::uint64_t length) {
     if (const auto n = inside(at, length); n > 0)

@@ -12,6 +12,7 @@
 #include "header.h"
 #include "posix_file.h"
 
+#include <atomic>
 #include <memory>
 
 namespace qlean {
@@ -38,6 +39,7 @@ class DataFile final : public File {
     bool zero_keeping_space(HostOffset at, std::uint64_t length) override;
     void truncate(std::uint64_t length) override;
     void reserve_space(HostOffset at, std::uint64_t length) override;
+    void grow_disk(std::uint64_t from, std::uint64_t to) override;
 
     void read(std::span<std::byte> into, HostOffset at) override { file_->read(into, at); }
     bool read_cached(std::span<std::byte> into, HostOffset at) override { return file_->read_cached(into, at); }
@@ -53,7 +55,7 @@ class DataFile final : public File {
     std::uint64_t inside(HostOffset at, std::uint64_t length) const;
 
     const std::unique_ptr<File> file_;
-    const std::uint64_t disk_size_;
+    std::atomic<std::uint64_t> disk_size_;
 };
 
 } // namespace qlean

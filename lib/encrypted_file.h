@@ -41,6 +41,7 @@ class EncryptedFile final : public File {
     }
     void truncate(std::uint64_t length) override { below_.truncate(length); }
     void reserve_space(HostOffset at, std::uint64_t length) override { below_.reserve_space(at, length); }
+    void grow_disk(std::uint64_t from, std::uint64_t to) override { below_.grow_disk(from, to); }
     std::uint64_t length() override { return below_.length(); }
     std::uint64_t allocated() override { return below_.allocated(); }
     void will_need(HostOffset at, std::uint64_t length) override { below_.will_need(at, length); }

@@ -62,6 +62,12 @@ class File {
 
     /// As punch, as a hint: what cannot be given back stays as it is.
     void punch_if_possible(HostOffset at, std::uint64_t length);
+    /// The guest's disk grows: for a file that holds it at its own offsets. What is new reads as zeroes.
+    virtual void grow_disk(std::uint64_t from, std::uint64_t to) {
+        static_cast<void>(from);
+        static_cast<void>(to);
+    }
+
     /// Writes zeroes the slow way.
     void write_zeroes(HostOffset at, std::uint64_t length);
 };

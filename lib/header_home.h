@@ -43,6 +43,12 @@ class HeaderHome {
         return header_;
     }
 
+    /// The first 512 bytes of the file.
+    std::vector<std::byte> sector() const {
+        const std::lock_guard guard(mutex_);
+        return sector_;
+    }
+
     /// Applies `change` to the header and writes it; if writing fails, the header is as it was.
     template <class F>
     void update(F &&change) {

@@ -22,15 +22,7 @@ constexpr auto commit_interval = std::chrono::seconds(5);
 
 Image::Image(std::unique_ptr<State> state) : owner_(std::move(state)), state_(*owner_) {}
 
-Image::~Image() {
-    {
-        const std::lock_guard guard(house_mutex_);
-        house_stops_ = true;
-    }
-    house_wakes_.notify_all();
-    if (house_.joinable())
-        house_.join();
-}
+Image::~Image() { stop_housekeeping(); }
 
 // --- reading ------------------------------------------------------------------------------------------------------
 
@@ -176,6 +168,7 @@ void Image::give_back() {
 }
 
 void Image::start_housekeeping() {
+    house_stops_ = false;
     if (!state_.read_only)
         house_ = std::thread([this] { keep_house(); });
 }
@@ -207,6 +200,17 @@ void Image::keep_house() {
 
 void Image::on_background_error(std::function<void(const std::exception &)> report) {
     report_ = std::move(report);
+    hook_up();
+}
+
+void Image::on_poison(std::function<void()> call) {
+    poison_ = std::move(call);
+    hook_up();
+}
+
+/// Tells the parts whom to call.
+void Image::hook_up() {
+    state_.write_back.on_poison(poison_);
     if (state_.bitmaps)
         state_.bitmaps->on_problem(report_);
 }
@@ -222,7 +226,7 @@ bool Image::store_bitmaps() {
     }
 }
 
-void Image::close() {
+void Image::stop_housekeeping() {
     {
         const std::lock_guard guard(house_mutex_);
         house_stops_ = true;
@@ -230,6 +234,10 @@ void Image::close() {
     house_wakes_.notify_all();
     if (house_.joinable())
         house_.join();
+}
+
+void Image::close() {
+    stop_housekeeping();
     if (state_.read_only || state_.write_back.poisoned())
         return;
     const bool idle = state_.write_back.commits() == 0 && !state_.write_back.anything_to_commit();

@@ -62,6 +62,9 @@ class Image {
     /// as what lies below. Never fails for its alignment.
     void trim(GuestOffset at, std::uint64_t length);
     void flush();
+    /// Makes the disk larger; what is new reads as zeroes. No request, operation or walk may be under way, and none of
+    /// the operations that exist may go on afterwards. Throws Error, with the disk as it was, if that cannot be.
+    void resize(std::uint64_t size);
 
     struct Extent {
         GuestOffset at;
@@ -81,6 +84,9 @@ class Image {
 
     /// Called with errors that happen in the background.
     void on_background_error(std::function<void(const std::exception &)> report);
+
+    /// Called once, when the image becomes poisoned.
+    void on_poison(std::function<void()> call);
 
     /// For the maintenance operations.
     State &state() { return state_; }
@@ -141,11 +147,16 @@ class Image {
 
     void before_change(GuestOffset at, std::uint64_t length);
     void keep_house();
+    void stop_housekeeping();
+    void hook_up();
+    void make_anew(std::uint64_t size);
+    void zero_beyond(std::uint64_t old_size);
     bool store_bitmaps();
 
     std::unique_ptr<State> owner_;
     State &state_;
     std::function<void(const std::exception &)> report_;
+    std::function<void()> poison_;
 
     std::mutex house_mutex_;
     std::condition_variable house_wakes_;

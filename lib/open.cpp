@@ -177,6 +177,7 @@ std::unique_ptr<Image> Image::open(std::unique_ptr<File> file, const Options &op
         data = data ? std::make_unique<EncryptedFile>(std::move(data), std::move(luks->cipher))
                     : std::make_unique<EncryptedFile>(*file, std::move(luks->cipher));
     const std::uint64_t end = std::max(file_end, counted_end);
+    auto bitmaps = Bitmaps::read(*file, header, end);
     auto backing = open_backing(header, *file, options.above, options.cache_bytes / 2);
     Snapshots::Loaded snapshots = Snapshots::load(*file, header, length);
     Opened opened{.file = std::move(file),
@@ -190,7 +191,8 @@ std::unique_ptr<Image> Image::open(std::unique_ptr<File> file, const Options &op
                   .snapshots = std::move(snapshots),
                   .end = end,
                   .read_only = options.read_only,
-                  .cache_bytes = options.cache_bytes};
+                  .cache_bytes = options.cache_bytes,
+                  .bitmaps = std::move(bitmaps)};
     return std::unique_ptr<Image>(new Image(std::make_unique<State>(std::move(opened))));
 }
 
@@ -220,7 +222,7 @@ std::unique_ptr<Image> Image::open(const std::string &path, const Options &optio
     auto image = open(std::move(file), with_data);
     if (!options.read_only && !believed)
         posix.remember_failed_sync(false);
-    image->state().write_back.on_poison([&posix] { posix.remember_failed_sync(true); });
+    image->on_poison([&posix] { posix.remember_failed_sync(true); });
     return image;
 }
 

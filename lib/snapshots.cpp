@@ -99,8 +99,18 @@ Snapshots::Loaded Snapshots::load(File &file, const Header &header, std::uint64_
 Snapshots::Snapshots(const Geometry &geometry, File &file, const SyncLog &syncs, L1Table &l1, Loaded loaded)
     : pending(file, syncs), geometry_(geometry), l1_(l1), any_(!loaded.list.empty()), home_(loaded.home),
       bytes_(loaded.bytes) {
-    for (auto &snapshot : loaded.list)
-        listed_.push_back({std::move(snapshot)});
+    for (std::size_t i = 0; i < loaded.list.size(); ++i)
+        listed_.push_back({std::move(loaded.list[i]), i < loaded.users.size() ? loaded.users[i] : 0});
+}
+
+Snapshots::Loaded Snapshots::loaded() const {
+    const std::lock_guard guard(mutex_);
+    Loaded loaded{{}, home_, bytes_};
+    for (const Listed &listed : listed_) {
+        loaded.list.push_back(listed.snapshot);
+        loaded.users.push_back(listed.users);
+    }
+    return loaded;
 }
 
 std::vector<SnapshotPointer> Snapshots::list() const {

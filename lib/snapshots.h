@@ -62,6 +62,7 @@ class Snapshots {
         std::vector<SnapshotPointer> list;
         HostOffset home;
         std::uint64_t bytes = 0;
+        std::vector<unsigned> users = {}; ///< of each, where they are made anew beside those who use them
     };
     /// Reads and judges the snapshots of an image whose file is `length` bytes long. Throws Error.
     static Loaded load(File &file, const Header &header, std::uint64_t length);
@@ -71,6 +72,9 @@ class Snapshots {
     /// A table or a cluster of the active image may be shared with a snapshot. Costs nothing to ask.
     bool any() const { return any_.load(std::memory_order_acquire); }
     RwLock &lock() { return lock_; }
+
+    /// What these were made from, as it is now, with those who use them. Nothing is pending.
+    Loaded loaded() const;
 
     std::vector<SnapshotPointer> list() const;
     /// Where the table is in the file, and its length; the leader may move it.

@@ -4,12 +4,22 @@
 
 namespace qlean {
 
+namespace {
+
+Geometry disk_geometry(const Opened &opened) {
+    Header header = opened.header;
+    header.virtual_size = opened.virtual_size.value_or(header.virtual_size);
+    return header.geometry();
+}
+
+} // namespace
+
 State::State(Opened o)
     : file_owner(std::move(o.file)), data_owner(std::move(o.data)), backing(std::move(o.backing)), file(*file_owner),
       data(data_owner ? *data_owner : file),
       encryption_header(o.encryption_header),
       raw_data(o.header.has_data_file() && (o.header.autoclear & Header::autoclear_data_file_raw)),
-      geometry(o.header.geometry()), read_only(o.read_only), syncs(file, data),
+      geometry(disk_geometry(o)), read_only(o.read_only), syncs(file, data),
       header(file, o.header, std::move(o.header_sector)), guard(geometry.cluster_bits()),
       l1(std::move(o.l1_words), o.header.l1_offset),
       snapshots(geometry, file, syncs, l1, std::move(o.snapshots)), l2(geometry, file, syncs, l1, o.cache_bytes),
@@ -20,7 +30,9 @@ State::State(Opened o)
       compressed(geometry, static_cast<Compression>(o.header.compression_type), file),
       mapper(geometry, o.header.entry_format(), file, l1, l2, snapshots, allocator, compressed, guard),
       contents(geometry, data, backing.get(), compressed),
-      bitmaps(Bitmaps::open(geometry, file, header, refcounts, allocator, write_back, [this] { return metadata_runs(); })),
+      bitmaps(o.bitmaps ? std::make_unique<Bitmaps>(std::move(*o.bitmaps), geometry, file, header, refcounts, allocator,
+                                                    write_back, [this] { return metadata_runs(); })
+                        : nullptr),
       cache_bytes(o.cache_bytes), opened_end(o.end) {
     guard.add({{0}, 1});
     l1.guard_with(guard, geometry.cluster_size());

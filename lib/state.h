@@ -22,14 +22,16 @@
 #include "write_back.h"
 
 #include <memory>
+#include <optional>
 
 namespace qlean {
 
-/// What opening found: all that the parts of an image are made from.
+/// What opening found: all that the parts of an image are made from. They are made once more when the disk is resized:
+/// what is added here is given again there (made_from in image_resize.cpp).
 struct Opened {
-    std::unique_ptr<File> file;
-    std::unique_ptr<File> data;       ///< null: the guest's data is in `file`
-    std::unique_ptr<Backing> backing; ///< may be null
+    std::shared_ptr<File> file;       // shared, so that the parts can be made anew when the disk is resized
+    std::shared_ptr<File> data;       ///< null: the guest's data is in `file`
+    std::shared_ptr<Backing> backing; ///< may be null
     Header header;
     HostRun encryption_header; ///< empty: not encrypted
     std::vector<std::byte> header_sector;
@@ -38,13 +40,15 @@ struct Opened {
     std::uint64_t end;                                   ///< clusters of the file
     bool read_only;
     std::uint64_t cache_bytes;
+    std::optional<BitmapDirectory> bitmaps = {};    ///< those that count
+    std::optional<std::uint64_t> virtual_size = {}; ///< of the disk, if not what the header says (yet)
 };
 
 struct State {
     explicit State(Opened opened);
 
-    const std::unique_ptr<File> file_owner, data_owner;
-    const std::unique_ptr<Backing> backing;
+    const std::shared_ptr<File> file_owner, data_owner;
+    const std::shared_ptr<Backing> backing;
     File &file; ///< metadata
     File &data; ///< the guest's data: the same file, unless it has one of its own
     const HostRun encryption_header; ///< stays where it is; empty: not encrypted

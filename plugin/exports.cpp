@@ -8,6 +8,7 @@
 #include "lib/compact/zero_scan.h"
 #include "lib/error.h"
 #include "nbdkit.h"
+#include "resize_export.h"
 #include "snapshot_exports.h"
 #include "status_page.h"
 
@@ -19,9 +20,11 @@ namespace {
 
 class DiskExport final : public Export {
   public:
-    DiskExport(Server &server, bool read_only) : image_(*server.image), stats_(server.stats), read_only_(read_only) {}
+    DiskExport(Server &server, bool read_only)
+        : image_(*server.image), size_(image_.size()), stats_(server.stats), read_only_(read_only) {}
 
-    std::uint64_t size() const override { return image_.size(); }
+    std::uint64_t size() const override { return size_; }
+    bool survives_resize() const override { return true; }
     Abilities abilities() const override { return {!read_only_, true, true, true}; }
     std::string description() const override { return "the guest's disk"; }
 
@@ -54,6 +57,7 @@ class DiskExport final : public Export {
 
   private:
     Image &image_;
+    const std::uint64_t size_; // of a connection, for as long as it lasts
     GuestStats &stats_;
     bool read_only_;
 };
@@ -61,9 +65,10 @@ class DiskExport final : public Export {
 class MaintenanceExport final : public Export {
   public:
     MaintenanceExport(Server &server, std::string name, std::unique_ptr<Maintenance> operation, bool read_only)
-        : server_(server), name_(std::move(name)), operation_(std::move(operation)), read_only_(read_only) {}
+        : server_(server), size_(server.image->size()), name_(std::move(name)), operation_(std::move(operation)),
+          read_only_(read_only) {}
 
-    std::uint64_t size() const override { return server_.image->size(); }
+    std::uint64_t size() const override { return size_; }
     Abilities abilities() const override { return {false, !read_only_, true, false}; }
     std::string description() const override {
         return fmt::format("maintenance: block status is the plan, CACHE does it, FLUSH commits ({})", name_);
@@ -99,6 +104,7 @@ class MaintenanceExport final : public Export {
     }
 
     Server &server_;
+    const std::uint64_t size_;
     std::string name_;
     std::unique_ptr<Maintenance> operation_;
     bool read_only_;
@@ -110,6 +116,7 @@ class StatusExport final : public Export {
     explicit StatusExport(Server &server) : server_(server) { measure_status(server_); }
 
     std::uint64_t size() const override { return status_page_size; }
+    bool survives_resize() const override { return true; }
     Abilities abilities() const override { return {}; }
     std::string description() const override { return "the state of the server and the image, as JSON"; }
 
@@ -146,7 +153,7 @@ std::vector<std::string> export_names(Server &server) {
     return names;
 }
 
-std::unique_ptr<Export> open_export(Server &server, const std::string &name, bool read_only) {
+static std::unique_ptr<Export> open_by_name(Server &server, const std::string &name, bool read_only) {
     const std::uint64_t connection = ++server.connections;
     if (server.checked) {
         if (name.empty() || name == "check")
@@ -166,6 +173,8 @@ std::unique_ptr<Export> open_export(Server &server, const std::string &name, boo
     if (name == "zeroes")
         return std::make_unique<MaintenanceExport>(server, name,
                                                    std::make_unique<ZeroScan>(*server.image, server.gauges), read_only);
+    if (name.starts_with(resize_prefix))
+        return open_resize(server, name, read_only);
     if (name == "status")
         return std::make_unique<StatusExport>(server);
     if (name == "snapshots")
@@ -181,6 +190,12 @@ std::unique_ptr<Export> open_export(Server &server, const std::string &name, boo
                 fmt::format("there is no export '{}'; the exports are '' (the disk), 'compact', 'zeroes', 'status', "
                             "'check' and 'snapshots'",
                             name));
+}
+
+std::unique_ptr<Export> open_export(Server &server, const std::string &name, bool read_only) {
+    auto opened = open_by_name(server, name, read_only);
+    opened->resizes_before = server.resizes;
+    return opened;
 }
 
 } // namespace qlean::plugin

@@ -36,6 +36,12 @@ class Export {
     virtual void zero(std::uint64_t at, std::uint64_t length, bool may_trim, bool fast);
     virtual void extents(std::uint64_t at, std::uint64_t length, std::size_t most, const AddExtent &add);
     virtual void cache(std::uint64_t at, std::uint64_t length);
+
+    /// cache() wants that nothing else runs.
+    virtual bool caches_alone() const { return false; }
+    /// What it holds stays true when the disk is resized.
+    virtual bool survives_resize() const { return false; }
+    std::uint64_t resizes_before = 0; ///< when the connection opened it
 };
 
 /// The names that are served, the disk's ("") first.

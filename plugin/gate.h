@@ -19,8 +19,15 @@ class Gate {
   public:
     /// Held by every request while it runs. Blocks for good once the server stops.
     std::shared_lock<RwLock> enter() { return std::shared_lock(lock_); }
-    /// True from the moment that stopping was asked for: long requests end early.
-    bool closing() const { return closing_.load(std::memory_order_acquire); }
+    /// Held by a request that nothing may run beside: waits for those in flight, and holds new ones unanswered.
+    std::unique_lock<RwLock> enter_alone() {
+        waiting_alone_.fetch_add(1);
+        std::unique_lock alone(lock_);
+        waiting_alone_.fetch_sub(1);
+        return alone;
+    }
+    /// True from the moment that stopping was asked for, or that somebody wants to be alone: long requests end early.
+    bool closing() const { return closing_.load(std::memory_order_acquire) || waiting_alone_.load() != 0; }
 
     /// Takes over SIGTERM, SIGINT, SIGHUP and SIGQUIT: on the first, `leave` runs once no request does. Then the
     /// process ends, with status 0 if `leave` returned true: by itself while clients are connected, for nbdkit would
@@ -35,6 +42,7 @@ class Gate {
   private:
     RwLock lock_;
     std::atomic<bool> closing_{false};
+    std::atomic<int> waiting_alone_{0};
     std::atomic<int> connections_{0};
     std::once_flag left_;
     bool left_well_ = false;

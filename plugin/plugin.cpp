@@ -6,6 +6,7 @@
 #include "check_page.h"
 #include "exports.h"
 #include "guard.h"
+#include "lib/error.h"
 #include "nbdkit.h"
 #include "server.h"
 
@@ -25,11 +26,18 @@ namespace {
 
 Export &export_of(void *handle) { return *static_cast<Export *>(handle); }
 
+/// What an operation found out of an image does not hold for one that was resized.
+void require_current(const Export &opened) {
+    if (opened.resizes_before != server().resizes && !opened.survives_resize())
+        throw Error(Error::Kind::denied, EPERM, "the image was resized; reconnect");
+}
+
 /// A request: waits at the gate, runs, reports.
 template <class F>
-int request(F &&f) {
+int request(void *handle, F &&f) {
     return guarded(-1, [&] {
         const auto entry = server().gate.enter();
+        require_current(export_of(handle));
         f();
         return 0;
     });
@@ -134,6 +142,7 @@ int is_rotational(void *) { return 0; }
 
 int block_size(void *, uint32_t *minimum, uint32_t *preferred, uint32_t *maximum) {
     // A larger minimum breaks clients with odd sizes; the preferred one is what costs no copying.
+    const auto entry = server().gate.enter();
     *minimum = 1;
     const std::uint64_t cluster = server().image ? server().image->geometry().cluster_size() : 0;
     *preferred = static_cast<uint32_t>(std::max<std::uint64_t>(cluster, 4096));
@@ -147,11 +156,11 @@ const char *export_description(void *handle) {
 }
 
 int pread(void *handle, void *buffer, uint32_t count, uint64_t offset, uint32_t) {
-    return request([&] { export_of(handle).read({static_cast<std::byte *>(buffer), count}, offset); });
+    return request(handle, [&] { export_of(handle).read({static_cast<std::byte *>(buffer), count}, offset); });
 }
 
 int pwrite(void *handle, const void *buffer, uint32_t count, uint64_t offset, uint32_t flags) {
-    return request([&] {
+    return request(handle, [&] {
         export_of(handle).write({static_cast<const std::byte *>(buffer), count}, offset);
         if (flags & NBDKIT_FLAG_FUA)
             export_of(handle).flush();
@@ -159,11 +168,11 @@ int pwrite(void *handle, const void *buffer, uint32_t count, uint64_t offset, ui
 }
 
 int flush(void *handle, uint32_t) {
-    return request([&] { export_of(handle).flush(); });
+    return request(handle, [&] { export_of(handle).flush(); });
 }
 
 int trim(void *handle, uint32_t count, uint64_t offset, uint32_t flags) {
-    return request([&] {
+    return request(handle, [&] {
         export_of(handle).trim(offset, count);
         if (flags & NBDKIT_FLAG_FUA)
             export_of(handle).flush();
@@ -171,7 +180,7 @@ int trim(void *handle, uint32_t count, uint64_t offset, uint32_t flags) {
 }
 
 int zero(void *handle, uint32_t count, uint64_t offset, uint32_t flags) {
-    return request([&] {
+    return request(handle, [&] {
         export_of(handle).zero(offset, count, flags & NBDKIT_FLAG_MAY_TRIM, flags & NBDKIT_FLAG_FAST_ZERO);
         if (flags & NBDKIT_FLAG_FUA)
             export_of(handle).flush();
@@ -179,7 +188,7 @@ int zero(void *handle, uint32_t count, uint64_t offset, uint32_t flags) {
 }
 
 int extents(void *handle, uint32_t count, uint64_t offset, uint32_t flags, nbdkit_extents *found) {
-    return request([&] {
+    return request(handle, [&] {
         const std::size_t most = flags & NBDKIT_FLAG_REQ_ONE ? 1 : 65536;
         export_of(handle).extents(offset, count, most, [&](std::uint64_t at, std::uint64_t n, bool hole, bool zero) {
             const uint32_t type = (hole ? NBDKIT_EXTENT_HOLE : 0) | (zero ? NBDKIT_EXTENT_ZERO : 0);
@@ -189,7 +198,13 @@ int extents(void *handle, uint32_t count, uint64_t offset, uint32_t flags, nbdki
 }
 
 int cache(void *handle, uint32_t count, uint64_t offset, uint32_t) {
-    return request([&] { export_of(handle).cache(offset, count); });
+    if (!export_of(handle).caches_alone())
+        return request(handle, [&] { export_of(handle).cache(offset, count); });
+    return guarded(-1, [&] {
+        const auto entry = server().gate.enter_alone();
+        export_of(handle).cache(offset, count);
+        return 0;
+    });
 }
 
 nbdkit_plugin plugin = [] {

@@ -27,6 +27,7 @@ struct Server {
     GuestStats stats;
     Gate gate;
     std::atomic<std::uint64_t> connections{0};
+    std::atomic<std::uint64_t> resizes{0}; ///< so far; changed by a request that is alone
 };
 
 /// The process's one server, as nbdkit has one plugin.

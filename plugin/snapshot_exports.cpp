@@ -27,6 +27,7 @@ class SnapshotExport final : public Export {
     std::string description() const override {
         return fmt::format("the disk as it was in snapshot '{}' (id {})", disk_.entry().name, disk_.entry().id);
     }
+    bool survives_resize() const override { return true; }
 
     void read(std::span<std::byte> into, std::uint64_t at) override { disk_.read(into, {at}); }
     void flush() override {}
@@ -80,6 +81,7 @@ class SnapshotsPage final : public Export {
     std::uint64_t size() const override { return status_page_size; }
     Abilities abilities() const override { return {}; }
     std::string description() const override { return "the internal snapshots of the image, as JSON"; }
+    bool survives_resize() const override { return true; }
 
     void read(std::span<std::byte> into, std::uint64_t at) override {
         const std::lock_guard guard(mutex_);

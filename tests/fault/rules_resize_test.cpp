@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// A resize that fails at any point leaves the old disk or the new one, and nothing is lost; tried again, it succeeds.
+#include "tests/fault/scene.h"
+
+using namespace qlean;
+using namespace qlean::fault;
+
+namespace {
+
+constexpr std::uint64_t old_size = 100 * 1024, new_size = 3 * 1024 * 1024;
+
+Bytes image(bool bitmaps) {
+    ImagePlan plan;
+    plan.virtual_size = old_size;
+    plan.map_all(10);
+    plan.bitmaps = bitmaps;
+    return build_image(plan).bytes;
+}
+
+} // namespace
+
+TEST_CASE("resize: a fault at any point leaves the old disk or the new one") {
+    for (const bool bitmaps : {false, true})
+        for (const Op op : {Op::write, Op::read, Op::truncate, Op::sync})
+            for (std::uint64_t nth = 1;; ++nth) {
+                INFO("bitmaps " << bitmaps << ", operation " << static_cast<int>(op) << ", number " << nth);
+                const auto disk = std::make_shared<FaultyDisk>(image(bitmaps));
+                auto opened = open_image(disk);
+                opened->write(bytes_of(1000, 7), {5000});
+                Bytes model = read_all(*opened);
+                Fault fault;
+                fault.ops = mask(op);
+                fault.nth = nth;
+                fault.code = EIO;
+                disk->fail(fault);
+                bool failed = false, reported = false; // that a bitmap stays inconsistent
+                opened->on_background_error([&](const std::exception &) { reported = true; });
+                try {
+                    opened->resize(new_size);
+                } catch (const Error &) {
+                    failed = true;
+                }
+                const bool struck = disk->struck();
+                disk->heal();
+                CHECK((failed || reported) == struck);
+                CHECK(read_some(*opened, 0, old_size) == model);
+                if (!opened->state().write_back.poisoned()) {
+                    CHECK(opened->size() == (failed ? old_size : new_size));
+                    // A bitmap that was caught half-way is inconsistent, and must be removed first.
+                    bool resized = true;
+                    try {
+                        opened->resize(new_size);
+                    } catch (const Error &) {
+                        resized = false;
+                    }
+                    CHECK((resized || bitmaps));
+                    model.resize(opened->size());
+                    opened->write(bytes_of(3000, 9), {opened->size() - 3000});
+                    std::fill(model.end() - 3000, model.end(), std::byte{9});
+                    CHECK(read_all(*opened) == model);
+                    opened->close();
+                    const auto verdict = judge(disk->bytes());
+                    INFO(verdict.text());
+                    CHECK(verdict.clean());
+                }
+                opened.reset();
+                CHECK(judge(disk->bytes()).sound());
+                if (!struck)
+                    break;
+            }
+}
