@@ -32,7 +32,7 @@ struct PlanOptions {
 struct SnapshotOptions {
     std::string target;
     std::string name; // or id; only to delete
-    std::string nbdkit = "nbdkit";
+    Nbdkit nbdkit;
     bool json = false;
 };
 
@@ -57,7 +57,7 @@ struct CheckOptions {
 
 struct ResizeOptions {
     std::string target;
-    std::string nbdkit = "nbdkit";
+    Nbdkit nbdkit;
     std::uint64_t bytes = 0;
     bool relative = false; // so much more
 };
