@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) 2026, the qlean authors
 #
-# Usage: check.sh damaged|online|marks. damaged: check.py. online: beside a guest nothing is found that is not there, and
-# leaks are given back. marks: images that are marked dirty or corrupt.
+# Usage: check.sh damaged|online|kinds|marks. damaged: check.py. online: beside a guest nothing is found that is not
+# there, and leaks are given back. kinds: beside a guest of images with other features, and with QEMU's numbers at the
+# end. marks: images that are marked dirty or corrupt.
 . "$(dirname "$0")/../lib.sh"
 need qemu-img qemu-io jq
 
@@ -59,6 +60,42 @@ online() {
         rm "$W/disk.qcow2"
     done
     start_read_only
+}
+
+# kind NAME OPTIONS: an image with these options is checked beside its guest, and at its end as QEMU does it
+kind() {
+    local image=$W/$1.qcow2 what checks
+    create -o "$2" "$image" 32M
+    [ "$1" != bitmaps ] || qemu-img bitmap --add -g 64k "$image" one
+    if [ "$1" = compressed ]; then
+        yes "some text" | head -c 20M >"$W/raw"
+        truncate -s 32M "$W/raw"
+        qemu-img convert -c -f raw -O qcow2 -o "$2" "$W/raw" "$image"
+    fi
+    qemu-img convert -f qcow2 -O raw "$image" "$W/model"
+    start_server "$image"
+    guest_beside --model "$W/model" --connections 2 --largest 262144
+    for checks in 1 2 3 4 5; do expect_verdict 0 "$SOCK"; done
+    guest_end >/dev/null
+    expect_verdict 0 "$SOCK"
+    stop_server
+    judge "$image" "$W/model"
+    qemu-img check -f qcow2 --output=json "$image" >"$W/theirs.json"
+    for what in image-end-offset total-clusters allocated-clusters fragmented-clusters compressed-clusters; do
+        [ "$(number "${what//-/_}")" = "$(jq ".\"$what\" // 0" "$W/theirs.json")" ] || fail "$1: $what: $(cat "$W/verdict.json" "$W/theirs.json")"
+    done
+}
+
+kinds() {
+    kind plain cluster_size=65536
+    kind v2 cluster_size=4096,compat=0.10
+    kind refcounts1 cluster_size=4096,refcount_bits=1
+    kind refcounts64 cluster_size=512,refcount_bits=64
+    kind subclusters cluster_size=65536,extended_l2=on
+    kind bitmaps cluster_size=4096
+    kind data-file "cluster_size=65536,data_file=$W/data"
+    kind raw-data-file "cluster_size=4096,data_file=$W/raw-data,data_file_raw=on"
+    [ "${KIND_COMPRESSED:-}" = "" ] || kind compressed cluster_size=65536
 }
 
 start_read_only() {
