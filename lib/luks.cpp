@@ -38,6 +38,23 @@ class MemoryFile {
     int fd_;
 };
 
+/// Rounds of key derivation that a header may ask for, its slots together: minutes of work. QEMU and cryptsetup choose a
+/// hundredth of that; a header that asks for more wants us to be busy for days.
+constexpr std::uint64_t max_rounds = std::uint64_t{1} << 30;
+constexpr std::size_t header_bytes = 592, digest_rounds_at = 164, slots_at = 208, slot_bytes = 48, slots = 8;
+constexpr std::uint32_t slot_enabled = 0x00ac71f3;
+
+void require_bounded(std::span<const std::byte> header, const std::string &file) {
+    if (header.size() < header_bytes)
+        throw_bad_image("'{}' is damaged: its LUKS header of {} bytes is too short", file, header.size());
+    std::uint64_t rounds = load_be<std::uint32_t>(header, digest_rounds_at);
+    for (std::size_t at = slots_at; at < slots_at + slots * slot_bytes; at += slot_bytes)
+        if (load_be<std::uint32_t>(header, at) == slot_enabled)
+            rounds += load_be<std::uint32_t>(header, at + 4);
+    if (rounds > max_rounds)
+        throw_bad_image("'{}' is damaged: opening its LUKS header would take {} rounds of key derivation", file, rounds);
+}
+
 struct FreeDevice {
     void operator()(crypt_device *device) const { crypt_free(device); }
 };
@@ -58,6 +75,7 @@ LuksPointer LuksPointer::parse(std::span<const std::byte> extension, const Geome
 }
 
 SectorCipher unlock_luks(std::span<const std::byte> header, const Secret &passphrase, const std::string &file) {
+    require_bounded(header, file);
     const MemoryFile memory(header);
     // Its messages would be lines in the server's log that name a file descriptor; what matters is said below.
     crypt_set_log_callback(

@@ -176,6 +176,18 @@ TEST_CASE("A LUKS header that lies about itself is refused") {
     CHECK_THROWS_AS(pointer(~std::uint64_t{0xffff}, 0x1f9000), Error);
     CHECK_THROWS_AS(LuksPointer::parse(Bytes(8), geometry, "disk.qcow2"), Error);
     CHECK_THROWS_AS(unlock_luks(Bytes(592), Secret("x"), "disk.qcow2"), Error);
+    CHECK_THROWS_AS(unlock_luks(Bytes(100), Secret("x"), "disk.qcow2"), Error);
+    Bytes slow(592);
+    for (std::size_t slot = 0; slot < 8; ++slot) {
+        store_be<std::uint32_t>(slow, 208 + slot * 48, 0x00ac71f3);
+        store_be<std::uint32_t>(slow, 212 + slot * 48, 200'000'000);
+    }
+    try {
+        unlock_luks(slow, Secret("x"), "disk.qcow2");
+        FAIL("accepted");
+    } catch (const Error &error) {
+        CHECK(std::string(error.what()).find("rounds of key derivation") != std::string::npos);
+    }
     Bytes noise(2 << 20);
     std::mt19937_64 random(1);
     for (auto &b : noise)
