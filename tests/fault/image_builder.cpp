@@ -9,6 +9,7 @@
 #include "lib/snapshot_table.h"
 
 #include <set>
+#include <zlib.h>
 
 namespace qlean::fault {
 
@@ -49,6 +50,35 @@ void write_bitmaps(BuiltImage &built, const BitmapPlaces &places, Header &header
     header.extensions.push_back({Header::extension_bitmaps, extension});
 }
 
+struct Extent {
+    std::uint64_t guest, at;
+    Bytes bytes;
+};
+
+std::vector<Extent> compress(const ImagePlan &plan) {
+    std::vector<Extent> extents;
+    const std::uint64_t cluster = std::uint64_t{1} << plan.cluster_bits;
+    std::uint64_t at = plan.compressed_at * cluster;
+    for (const auto &[guest, gap] : plan.compressed) {
+        Bytes from(cluster), to(cluster * 2 + 64);
+        for (std::uint64_t i = 0; i < cluster; ++i)
+            from[i] = filled(guest * cluster + i);
+        z_stream stream{};
+        deflateInit2(&stream, Z_DEFAULT_COMPRESSION, Z_DEFLATED, -12, 9, Z_DEFAULT_STRATEGY);
+        stream.next_in = reinterpret_cast<Bytef *>(from.data());
+        stream.avail_in = static_cast<uInt>(from.size());
+        stream.next_out = reinterpret_cast<Bytef *>(to.data());
+        stream.avail_out = static_cast<uInt>(to.size());
+        deflate(&stream, Z_FINISH);
+        to.resize(stream.total_out);
+        deflateEnd(&stream);
+        at += gap;
+        extents.push_back({guest, at, to});
+        at += to.size();
+    }
+    return extents;
+}
+
 } // namespace
 
 std::byte filled(std::uint64_t at) { return std::byte(1 + (at * 2654435761u >> 9) % 255); }
@@ -85,6 +115,15 @@ BuiltImage build_image(const ImagePlan &plan) {
         tables.insert(guest / per_table);
     for (const std::uint64_t host : plan.leaked)
         used.insert(host);
+    const auto extents = compress(plan);
+    std::map<std::uint64_t, std::uint16_t> shared; // host clusters with extents: how many
+    for (const Extent &extent : extents) {
+        tables.insert(extent.guest / per_table);
+        for (std::uint64_t c = extent.at / cluster; c <= (extent.at + extent.bytes.size() - 1) / cluster; ++c) {
+            used.insert(c);
+            ++shared[c];
+        }
+    }
 
     std::uint64_t next = plan.metadata_at != 0 ? plan.metadata_at : *used.rbegin() + 1;
     const auto take = [&](std::uint64_t count) {
@@ -157,10 +196,16 @@ BuiltImage build_image(const ImagePlan &plan) {
     }
     for (const auto &[guest, bitmap] : plan.subclusters)
         built.set_word(built.l2_entry_at(guest, plan.cluster_bits) + 8, bitmap);
+    for (const Extent &extent : extents) {
+        const std::uint64_t more = (extent.at + extent.bytes.size() - 1) / 512 - extent.at / 512;
+        built.set_word(built.l2_entry_at(extent.guest, plan.cluster_bits),
+                       std::uint64_t{1} << 62 | more << (62 - (plan.cluster_bits - 8)) | extent.at);
+        std::copy(extent.bytes.begin(), extent.bytes.end(), built.bytes.begin() + static_cast<std::ptrdiff_t>(extent.at));
+    }
     for (std::size_t i = 0; i < built.refcount_blocks.size(); ++i)
         built.set_word(built.refcount_table + i * 8, built.refcount_blocks[i]);
     for (const std::uint64_t c : used)
-        store_be<std::uint16_t>(out, built.refcount_at(c, plan.cluster_bits), 1);
+        store_be<std::uint16_t>(out, built.refcount_at(c, plan.cluster_bits), shared.contains(c) ? shared[c] : 1);
     return built;
 }
 

@@ -24,6 +24,10 @@ struct ImagePlan {
     /// all of them; the host cluster is filled whole either way.
     bool extended = false;
     std::map<std::uint64_t, std::uint64_t> subclusters;
+    /// Guest clusters that are compressed (deflate), with the same bytes: their extents follow each other from host
+    /// cluster `compressed_at` on, each as many bytes behind the one before as it says here.
+    std::map<std::uint64_t, std::uint64_t> compressed;
+    std::uint64_t compressed_at = 0;
     /// L2 tables, L1 table, refcount table and refcount blocks, in that order, from this host cluster on; 0: after the
     /// data.
     std::uint64_t metadata_at = 0;

@@ -4,12 +4,14 @@
 
 #include "lib/byte_order.h"
 
+#include <bit>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fmt/format.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#include <zlib.h>
 
 namespace qlean::fault {
 
@@ -56,6 +58,10 @@ class Judge {
             const std::uint64_t entry = table + c % entries_ * entry_size_;
             const std::uint64_t word = table == 0 ? 0 : be64(entry);
             const std::uint64_t at = word & offset_mask;
+            if (word & compressed) {
+                inflate_into(word, std::span(disk).subspan(c * cluster_, cluster_));
+                continue;
+            }
             if (at == 0 || at >= image_.size() || (!extended_ && word & 1))
                 continue;
             // Without subclusters the cluster is one of its own.
@@ -178,6 +184,42 @@ class Judge {
         }
     }
 
+    struct Extent {
+        std::uint64_t at, end;
+    };
+    Extent extent_of(std::uint64_t word) const {
+        const unsigned bits = 62 - (static_cast<unsigned>(std::countr_zero(cluster_)) - 8);
+        const std::uint64_t at = word & ((1ull << bits) - 1), more = (word & (compressed - 1)) >> bits;
+        return {at, (at / 512 + more + 1) * 512};
+    }
+    /// Extents may share a cluster with each other, but with nothing else.
+    void refer_to_extent(std::uint64_t word, std::uint64_t guest) {
+        const Extent extent = extent_of(word);
+        if (word & copied)
+            blame("the compressed cluster at guest offset {:#x} says COPIED", guest);
+        packs_.resize(references_.size());
+        for (std::uint64_t c = extent.at / cluster_; c < divide_up(extent.end, cluster_); ++c) {
+            if (c >= references_.size())
+                return blame("guest offset {:#x} is in cluster {}, beyond the end of the file", guest, c);
+            if (references_[c]++ > 0 && !packs_[c])
+                blame("guest offset {:#x} is in cluster {}, which something else uses as well", guest, c);
+            packs_[c] = true;
+        }
+    }
+    void inflate_into(std::uint64_t word, std::span<std::byte> disk) {
+        const Extent extent = extent_of(word);
+        if (extent.at >= image_.size())
+            return;
+        z_stream stream{};
+        inflateInit2(&stream, -12);
+        stream.next_in = const_cast<Bytef *>(reinterpret_cast<const Bytef *>(image_.data() + extent.at));
+        stream.avail_in = static_cast<uInt>(std::min<std::uint64_t>(extent.end, image_.size()) - extent.at);
+        stream.next_out = reinterpret_cast<Bytef *>(disk.data());
+        stream.avail_out = static_cast<uInt>(disk.size());
+        inflate(&stream, Z_FINISH);
+        inflateEnd(&stream);
+    }
+
     void walk_refcounts() {
         const std::uint64_t per_block = cluster_ * 8 >> order_;
         for (std::uint64_t r = 0; r < table_clusters_ * cluster_ / 8; ++r) {
@@ -270,7 +312,11 @@ class Judge {
             for (std::uint64_t n = 0; n < entries_; ++n) {
                 const std::uint64_t word = be64(table + n * entry_size_), at = word & offset_mask;
                 const std::uint64_t guest = (i * entries_ + n) * cluster_;
-                if (word & compressed || word & ~(copied | offset_mask | 1) ||
+                if (word & compressed) {
+                    refer_to_extent(word, guest);
+                    continue;
+                }
+                if (word & ~(copied | offset_mask | 1) ||
                     (word & 1 && (version_ < 3 || extended_))) {
                     blame("the L2 entry of guest offset {:#x} is {:#x}", guest, word);
                     continue;
@@ -307,6 +353,7 @@ class Judge {
     std::vector<std::uint64_t> references_, counts_;
     std::vector<bool> sole_; ///< by cluster: used by somebody who shares it with nobody
     bool has_snapshots_ = false;
+    std::vector<bool> packs_; ///< clusters that hold compressed extents
 };
 
 } // namespace

@@ -23,7 +23,7 @@ struct Verdict {
     std::string text() const;
 };
 
-/// Judges images without backing file, compression.
+/// Judges images without backing file; compressed with deflate.
 Verdict judge(std::span<const std::byte> image);
 
 /// The guest's disk as the image says it is, read without the engine.

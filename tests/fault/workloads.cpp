@@ -185,6 +185,40 @@ void snapshots(Run &run) {
     run.attempt([&] { run.guest->flush(); });
 }
 
+/// Half of the disk is compressed, its extents with gaps between them, some plain clusters among and behind them.
+Bytes compressed_image(std::uint64_t seed) {
+    std::mt19937_64 random(seed);
+    ImagePlan plan;
+    plan.cluster_bits = random() % 2 ? 9 : 12;
+    plan.virtual_size = std::uint64_t{256} << plan.cluster_bits;
+    plan.compressed_at = 20;
+    const std::uint64_t cluster = std::uint64_t{1} << plan.cluster_bits, gap = random() % 3 * cluster / 4;
+    std::uint64_t host = 300;
+    for (std::uint64_t c = 0; c < plan.guest_clusters(); ++c)
+        if (random() % 4 != 0)
+            plan.compressed[c] = random() % 2 * gap;
+        else if (random() % 2)
+            plan.data[c] = host += 1 + random() % 2;
+    return build_image(plan).bytes;
+}
+void compressed(Run &run) {
+    RecordedGuest::Mix mix{50, 20, 20, 10};
+    mix.most = run.image->geometry().cluster_size() * 3;
+    for (int i = 0; i < 15; ++i)
+        run.step(mix);
+    run.attempt([&] {
+        compact_all(*run.image, [&] {
+            if (run.random()() % 3 == 0)
+                run.step(mix);
+        });
+    });
+    for (int i = 0; i < 10; ++i)
+        run.step(mix);
+    run.attempt([&] { zero_scan_all(*run.image); });
+    run.attempt([&] { compact_all(*run.image); });
+    run.attempt([&] { run.guest->flush(); });
+}
+
 /// The guest in a thread of its own beside compaction and zero scans.
 void racing(Run &run) {
     std::atomic<bool> done{false};
@@ -341,6 +375,8 @@ const std::vector<Workload> &workloads() {
         {"snapshots", 4, true, with_snapshots, snapshots},
         // Not for the fault matrix, which knows disks of one size: rules (resize) has faults for it.
         {"resize", 3, false, to_be_resized, resizes},
+        {"compressed clusters", 4, true, compressed_image, compressed},
+        {"compressed clusters, threads racing", 3, false, compressed_image, racing},
     };
     return list;
 }
