@@ -294,12 +294,6 @@ void Compact::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) {
     state_.write_back.before_change();
     ownership_.claim(name_, connection_);
     const Wanted want = wanted(stop);
-    {
-        // Before packs are moved: what has been touched is not judged any more.
-        const std::lock_guard guard(mutex_);
-        if (!surplus_.empty())
-            retire_leaked();
-    }
     const HostCluster end = want.end;
     {
         // Before anything moves: what has moved is no longer what the walk found.
