@@ -206,7 +206,7 @@ class Judge {
             packs_[c] = true;
         }
     }
-    void inflate_into(std::uint64_t word, std::span<std::byte> disk) {
+    void inflate_into(std::uint64_t word, std::span<std::byte> disk) const {
         const Extent extent = extent_of(word);
         if (extent.at >= image_.size())
             return;
