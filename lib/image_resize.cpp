@@ -95,13 +95,24 @@ void grow_l1_table(State &state, std::uint64_t entries) {
     state.allocator.retire(old);
 }
 
-/// What the parts were made from, as it is now, for a disk of `size` bytes.
-Opened made_from(State &state, std::uint64_t size) {
-    Header header = state.header.header();
-    std::vector<std::uint64_t> l1(header.l1_size);
+/// The L1 table as it is in the file, or, which is the same without I/O after a commit, in memory; big-endian. What was
+/// not committed may be a table that stands for a shared one, so memory is not to be relied on then.
+std::vector<std::uint64_t> l1_words(State &state, bool committed) {
+    const Header header = state.header.header();
+    std::vector<std::uint64_t> words(header.l1_size);
+    if (!committed) {
+        state.file.read(std::as_writable_bytes(std::span(words)), header.l1_offset);
+        return words;
+    }
     for (std::uint64_t i = 0; i < state.l1.size(); ++i)
-        if (!state.l1.is_new(i)) // else a commit failed before the table was written
-            l1[i] = big_endian(state.l1.word(i));
+        words[i] = big_endian(state.l1.word(i));
+    return words;
+}
+
+/// What the parts were made from, as it is now, for a disk of `size` bytes.
+Opened made_from(State &state, std::uint64_t size, bool committed) {
+    auto l1 = l1_words(state, committed);
+    Header header = state.header.header();
     auto table = state.refcounts.table_words(0, state.refcounts.table_entries());
     auto sector = state.header.sector();
     return {.file = state.file_owner,
@@ -123,9 +134,9 @@ Opened made_from(State &state, std::uint64_t size) {
 
 } // namespace
 
-/// The parts of the image again, for a disk of `size` bytes. What was not committed is gone.
-void Image::make_anew(std::uint64_t size) {
-    Opened opened = made_from(state_, size);
+/// The parts of the image again, for a disk of `size` bytes. What was not committed is gone, as after a crash.
+void Image::make_anew(std::uint64_t size, bool committed) {
+    Opened opened = made_from(state_, size, committed);
     State *const place = owner_.get();
     const auto replace = [&]() noexcept {
         try {
@@ -171,7 +182,7 @@ void Image::resize(std::uint64_t size) {
             state_.write_back.lead([&] { grow_l1_table(state_, entries); });
             give_back();
         }
-        make_anew(size);
+        make_anew(size, true);
         if (state_.bitmaps)
             state_.bitmaps->pause(true);
         zero_beyond(old_size);
@@ -196,7 +207,12 @@ void Image::resize(std::uint64_t size) {
             } catch (const std::exception &) {
                 // What was allocated on the way is leaked then.
             }
-            make_anew(old_size);
+            try {
+                make_anew(old_size, false);
+            } catch (const std::exception &) {
+                // Parts that do not know how long the L1 table is must not write any more.
+                state_.write_back.lead([&] { state_.write_back.poison_as_leader(); });
+            }
         }
         throw;
     }

@@ -43,6 +43,8 @@ class WriteBack {
     void commit_as_leader(Give give);
     /// A sync from within a task of lead(); poisons if it fails.
     void sync_as_leader();
+    /// From within a task of lead(): nothing more may be written.
+    void poison_as_leader() { poison(); }
     /// From within a task of lead(): `switch_over` makes the file point at another home of a structure; durable when
     /// this returns. If it fails, nobody knows which home counts, and so nothing more may be written: poisons.
     void switch_as_leader(const std::function<void()> &switch_over);
