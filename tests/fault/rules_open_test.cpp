@@ -244,7 +244,7 @@ TEST_CASE("C9: autoclear bits are cleared, durably, before anything else of the 
         plan.virtual_size = 64 * cluster;
         for (std::uint64_t c = 2; c < 40; ++c)
             plan.data[c] = 8 + 3 * c;
-        plan.autoclear = 0x6; // bits that nobody knows
+        plan.autoclear = 0xc; // bits that nobody knows
         BuiltImage built = build_image(plan);
         std::fill_n(built.bytes.begin() + static_cast<std::ptrdiff_t>((8 + 3 * 7) * cluster), cluster, std::byte{0});
         Scene s(built.bytes, 64 * 1024, false);
@@ -266,7 +266,7 @@ TEST_CASE("C9: autoclear bits are cleared, durably, before anything else of the 
 
 TEST_CASE("C9: opening and reading changes nothing, autoclear bits included") {
     ImagePlan plan;
-    plan.autoclear = 0x6;
+    plan.autoclear = 0xc;
     plan.map_all(8);
     const BuiltImage built = build_image(plan);
     Scene s(built.bytes, 64 * 1024, false);
