@@ -33,6 +33,8 @@ using HostOffset = Address<struct HostBytes>;       ///< byte of the image file
 using GuestCluster = Address<struct GuestClusters>; ///< cluster of the guest's disk
 using HostCluster = Address<struct HostClusters>;   ///< cluster of the image file
 
+constexpr unsigned host_offset_bits = 56; ///< no L1, L2 or refcount table entry can name more
+
 /// Adjacent clusters of the image file.
 struct HostRun {
     HostCluster first;

@@ -32,7 +32,7 @@ bool Image::write_owned_subclusters(std::span<const std::byte> from, GuestOffset
     const GuestCluster first = g.cluster_of(at);
     std::vector<Mapping> mappings((g.cluster_of(at + (from.size() - 1)) - first) + 1);
     const RangeLock::Shared guard(state_.ranges, at, from.size());
-    state_.mapper.resolve(first, mappings);
+    state_.mapper.resolve_to_change(first, mappings);
     bool possible = true;
     each_cluster(g, at, from.size(), [&](std::uint64_t, GuestCluster c, std::uint64_t within, std::uint64_t n) {
         const Mapping &m = mappings[c - first];
@@ -58,7 +58,7 @@ Image::Outcome Image::write_subclusters(std::span<const std::byte> from, GuestOf
     const GuestCluster first = g.cluster_of(at);
     std::vector<Mapping> mappings((g.cluster_of(at + (from.size() - 1)) - first) + 1);
     const RangeLock::Exclusive guard(state_.ranges, at, from.size());
-    state_.mapper.resolve(first, mappings);
+    state_.mapper.resolve_to_change(first, mappings);
 
     const bool external = state_.mapper.format().external_data;
     std::uint64_t wanted = 0;
@@ -204,7 +204,7 @@ Image::Outcome Image::zero_subclusters_in(GuestOffset at, std::uint64_t length, 
     to_write.clear();
     const RangeLock::Exclusive guard(state_.ranges, at, length);
     Mapping m;
-    state_.mapper.resolve(c, std::span(&m, 1));
+    state_.mapper.resolve_to_change(c, std::span(&m, 1));
     if (state_.contents.is_zero(c, m))
         return Outcome::done;
     if (!state_.mapper.ensure_table(c, growth, needs_table ? Mapper::Missing::create : Mapper::Missing::leave))
@@ -247,6 +247,7 @@ void Image::trim_subclusters(GuestOffset at, std::uint64_t length) {
         const RangeLock::Exclusive guard(state_.ranges, at, length);
         Mapping m;
         state_.mapper.survey(c, std::span(&m, 1));
+        m = state_.mapper.to_change(m);
         if (!m.has_host() || state_.mapper.claims_metadata(m))
             return Outcome::done;
         const Set gone = grid.covered(within, covering) & bitmap_of(m).data();

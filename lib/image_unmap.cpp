@@ -168,7 +168,7 @@ void Image::zero_keeping_space(GuestOffset at, std::uint64_t length, bool fast) 
     bool unshared = true;
     {
         const RangeLock::Exclusive guard(state_.ranges, at, length);
-        state_.mapper.resolve(first, mappings);
+        state_.mapper.resolve_to_change(first, mappings);
         for (const Mapping &m : mappings) {
             if (state_.contents.is_zero(first + (&m - mappings.data()), m))
                 continue;
@@ -213,7 +213,7 @@ void Image::zero_edge(GuestOffset at, std::uint64_t length, Zero how, bool fast)
     {
         const RangeLock::Exclusive guard(state_.ranges, at, length);
         Mapping m;
-        state_.mapper.resolve(g.cluster_of(at), std::span(&m, 1));
+        state_.mapper.resolve_to_change(g.cluster_of(at), std::span(&m, 1));
         if (state_.contents.is_zero(g.cluster_of(at), m))
             return;
         if (m.writable_in_place()) {
@@ -241,6 +241,7 @@ void Image::trim_edge(GuestOffset at, std::uint64_t length) {
     const RangeLock::Exclusive guard(state_.ranges, at, length);
     Mapping m;
     state_.mapper.survey(g.cluster_of(at), std::span(&m, 1));
+    m = state_.mapper.to_change(m);
     if ((!m.writable_in_place() && !(state_.raw_data && m.has_host())) || state_.mapper.claims_metadata(m))
         return;
     const HostOffset host = g.offset_of(m.host) + g.within(first);

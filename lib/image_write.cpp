@@ -69,7 +69,7 @@ bool Image::write_in_place(std::span<const std::byte> from, GuestOffset at) {
     const GuestCluster first = g.cluster_of(at);
     std::vector<Mapping> mappings((g.cluster_of(at + (from.size() - 1)) - first) + 1);
     const RangeLock::Shared guard(state_.ranges, at, from.size());
-    state_.mapper.resolve(first, mappings);
+    state_.mapper.resolve_to_change(first, mappings);
     for (const Mapping &m : mappings)
         if (!m.writable_in_place())
             return false;
@@ -94,7 +94,7 @@ Image::Outcome Image::write_chunk(std::span<const std::byte> from, GuestOffset a
     const GuestCluster first = g.cluster_of(at);
     std::vector<Mapping> mappings((g.cluster_of(at + (from.size() - 1)) - first) + 1);
     const RangeLock::Exclusive guard(state_.ranges, at, from.size());
-    state_.mapper.resolve(first, mappings);
+    state_.mapper.resolve_to_change(first, mappings);
 
     const auto reusable = [](const Mapping &m) { return m.kind == Mapping::Kind::zero_allocated && m.copied; };
     const bool external = state_.mapper.format().external_data;

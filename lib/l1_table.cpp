@@ -13,13 +13,14 @@ L1Table::L1Table(std::vector<std::uint64_t> words, HostOffset home)
         entries_[i].store(big_endian(words[i]), std::memory_order_relaxed);
 }
 
-void L1Table::guard_with(MetadataGuard &guard, std::uint64_t table_bytes) {
+bool L1Table::guard_with(MetadataGuard &guard, std::uint64_t table_bytes) {
     guard_ = &guard;
     table_bytes_ = table_bytes;
-    guard.add(home(), size_ * 8);
+    bool apart = guard.add(home(), size_ * 8);
     for (std::uint64_t i = 0; i < size_; ++i)
         if (const HostOffset at = table(i); at.value != 0)
-            guard.add(at, table_bytes);
+            apart = guard.add(at, table_bytes) && apart;
+    return apart;
 }
 
 void L1Table::set_home(HostOffset home) {

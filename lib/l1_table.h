@@ -56,8 +56,9 @@ class L1Table {
     std::vector<std::uint64_t> new_tables() const;
     void written(std::uint64_t i);
 
-    /// From now on `guard` knows this table and those it points to. Before anybody else uses it.
-    void guard_with(MetadataGuard &guard, std::uint64_t table_bytes);
+    /// From now on `guard` knows this table and those it points to. Before anybody else uses it. False if it
+    /// knew a part of them already.
+    bool guard_with(MetadataGuard &guard, std::uint64_t table_bytes);
 
     // For the commit leader.
     std::vector<DirtyRun> take_dirty();

@@ -17,11 +17,18 @@ constexpr std::uint64_t max_slice_words = 512;
 
 } // namespace
 
-L2Cache::L2Cache(const Geometry &geometry, File &file, const SyncLog &syncs, L1Table &l1, std::uint64_t limit)
-    : geometry_(geometry), file_(file), syncs_(syncs), l1_(l1),
-      entry_words_(geometry.entry_words()),
-      slice_entries_(std::min(geometry.l2_entries(), max_slice_words / geometry.entry_words())),
-      keys_(divide_up(geometry.guest_clusters(), slice_entries_)),
+std::uint64_t L2Cache::slice_entries(const Geometry &geometry) {
+    return std::min(geometry.l2_entries(), max_slice_words / geometry.entry_words());
+}
+
+std::uint64_t L2Cache::slice_count(const Geometry &geometry) {
+    return divide_up(geometry.guest_clusters(), slice_entries(geometry));
+}
+
+L2Cache::L2Cache(const Geometry &geometry, File &file, const SyncLog &syncs, L1Table &l1, std::uint64_t limit,
+                 Claims *claims)
+    : geometry_(geometry), file_(file), syncs_(syncs), l1_(l1), claims_(claims), entry_words_(geometry.entry_words()),
+      slice_entries_(slice_entries(geometry)), keys_(slice_count(geometry)),
       shard_limit_(std::max<std::uint64_t>(limit / slice_bytes() / shard_count, 4)) {
     // Untouched pages of the directory cost nothing, so opening does not grow with the image.
     const std::size_t bytes = std::max<std::uint64_t>(keys_, 1) * sizeof(*directory_);
@@ -191,6 +198,8 @@ L2Cache::Slice *L2Cache::load(std::uint64_t key) {
     std::exception_ptr error;
     try {
         fill_from_file(key, words);
+        if (claims_ != nullptr)
+            claims_->read(key, words);
     } catch (...) {
         error = std::current_exception();
     }

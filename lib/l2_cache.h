@@ -11,6 +11,7 @@
 #pragma once
 
 #include "address.h"
+#include "claims.h"
 #include "file.h"
 #include "l1_table.h"
 #include "l2_entry.h"
@@ -31,7 +32,11 @@ class L2Cache {
 
   public:
     /// `limit`: bytes of clean slices to keep. Dirty ones may exceed it; see dirty_bytes().
-    L2Cache(const Geometry &geometry, File &file, const SyncLog &syncs, L1Table &l1, std::uint64_t limit);
+    /// `claims`: is told of every slice that is read; null: nothing will be changed.
+    L2Cache(const Geometry &geometry, File &file, const SyncLog &syncs, L1Table &l1, std::uint64_t limit,
+            Claims *claims);
+    static std::uint64_t slice_entries(const Geometry &geometry);
+    static std::uint64_t slice_count(const Geometry &geometry);
     ~L2Cache();
 
     std::uint64_t entries_per_slice() const { return slice_entries_; }
@@ -138,6 +143,7 @@ class L2Cache {
     File &file_;
     const SyncLog &syncs_;
     L1Table &l1_;
+    Claims *claims_;
     std::uint64_t entry_words_;
     std::uint64_t slice_entries_;
     std::uint64_t keys_;

@@ -65,6 +65,12 @@ void Mapper::resolve(GuestCluster first, std::span<Mapping> out) {
     }
 }
 
+void Mapper::resolve_to_change(GuestCluster first, std::span<Mapping> out) {
+    resolve(first, out);
+    for (Mapping &mapping : out)
+        mapping = to_change(mapping);
+}
+
 void Mapper::survey(GuestCluster first, std::span<Mapping> out) {
     std::vector<L2Words> words(out.size());
     l2_.read_around(first, words);

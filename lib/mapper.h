@@ -25,14 +25,18 @@ namespace qlean {
 class Mapper {
   public:
     Mapper(const Geometry &geometry, const EntryFormat &format, File &file, L1Table &l1, L2Cache &l2,
-           Snapshots &snapshots, Allocator &allocator, CompressedClusters &compressed, const MetadataGuard &guard)
+           Snapshots &snapshots, Allocator &allocator, CompressedClusters &compressed, Refcounts &refcounts,
+           const MetadataGuard &guard, const Claims &claims)
         : geometry_(geometry), format_(format), file_(file), l1_(l1), l2_(l2), snapshots_(snapshots),
-          allocator_(allocator), compressed_(compressed), guard_(guard) {}
+          allocator_(allocator), compressed_(compressed), refcounts_(refcounts),
+          guard_(guard), claims_(claims) {}
 
     const EntryFormat &format() const { return format_; }
 
     /// What guest clusters [first, first + out.size()) map to. Throws Error (bad_image) for an entry that cannot be.
     void resolve(GuestCluster first, std::span<Mapping> out);
+    /// The same for who may change clusters in place: `copied` holds only where the refcount does not say otherwise.
+    void resolve_to_change(GuestCluster first, std::span<Mapping> out);
     /// As resolve, passing by the cache, and taking a damaged entry as it is: for plans and walks.
     void survey(GuestCluster first, std::span<Mapping> out);
 
@@ -43,7 +47,13 @@ class Mapper {
     /// To be called before entries of the table that maps `c` change for the guest: the table exists after this (unless
     /// it may be missing), and is the active image's alone. False: commit first, then ask again.
     bool ensure_table(GuestCluster c, Allocator::Growth growth, Missing missing = Missing::create);
-    /// The entry lets the guest write into the image's own metadata.
+    /// `mapping`, not `copied` if its cluster is counted more than once.
+    Mapping to_change(Mapping mapping) const {
+        if (mapping.copied && mapping.has_host() && !format_.external_data && refcounts_.was_shared(mapping.host))
+            mapping.copied = false;
+        return mapping;
+    }
+    /// The entry lets the guest write into the image's own metadata, or into what another entry claims too.
     bool claims_metadata(const Mapping &mapping) const {
         return mapping.copied && mapping.has_host() && guard_.has(mapping.host) && !format_.external_data;
     }
@@ -101,8 +111,11 @@ class Mapper {
     /// entry that is out of date, and whose cluster is a table by now.
     Mapping guarded(GuestCluster c, const L2Words &words) const {
         Mapping mapping = judged(c, words);
-        if (claims_metadata(mapping))
-            mapping.kind = Mapping::Kind::damaged;
+        if (claims_metadata(mapping)) {
+            mapping.copied = false;
+            if (!claims_.twice(mapping.host))
+                mapping.kind = Mapping::Kind::damaged;
+        }
         return mapping;
     }
     /// A snapshot may have this table too. Without snapshots it is ours even where a crash left its flag clear.
@@ -119,7 +132,9 @@ class Mapper {
     Snapshots &snapshots_;
     Allocator &allocator_;
     CompressedClusters &compressed_;
+    Refcounts &refcounts_;
     const MetadataGuard &guard_;
+    const Claims &claims_;
 };
 
 } // namespace qlean

@@ -1,37 +1,36 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) 2026, the qlean authors
 //
-// Which host clusters hold the active image's own metadata: header, L1 and L2 tables, refcount table and blocks. An L2
-// entry that claims such a cluster for the guest is damage, and writing there would be the end of the image; so every
-// entry that is decoded is held against this, and no such cluster is ever made free. A bit per cluster, without a lock
-// for readers.
+// Host clusters that must never come free, whatever refcounts and entries say: those of the active image's own
+// metadata (header, L1 and L2 tables, refcount table and blocks), and those that two entries claim (claims.h). An L2
+// entry that claims metadata for the guest is damage, and writing there would be the end of the image; so every entry
+// that is decoded is held against this. A bit per cluster, without a lock for readers.
 #pragma once
 
 #include "address.h"
-
-#include <atomic>
-#include <cstdlib>
-#include <memory>
-#include <mutex>
-#include <vector>
+#include "sparse_bits.h"
 
 namespace qlean {
 
 class MetadataGuard {
   public:
-    explicit MetadataGuard(unsigned cluster_bits);
+    explicit MetadataGuard(unsigned cluster_bits)
+        : cluster_bits_(cluster_bits), clusters_(std::uint64_t{1} << (host_offset_bits - cluster_bits)) {}
 
-    bool has(HostCluster c) const {
-        const std::uint64_t i = c.value >> chunk_bits;
-        if (i >= chunk_count_)
-            return false;
-        const Chunk *chunk = chunks_[i].load(std::memory_order_acquire);
-        return chunk != nullptr && (chunk->words[word_of(c)].load(std::memory_order_relaxed) & bit_of(c)) != 0;
+    bool has(HostCluster c) const { return clusters_.has(c.value); }
+    /// False if it had one of them already.
+    bool add(HostRun run) {
+        bool all_new = true;
+        for (HostCluster c = run.first; c < run.end(); ++c)
+            all_new = !clusters_.set(c.value) && all_new;
+        return all_new;
     }
-    void add(HostRun run);
-    void remove(HostRun run);
+    void remove(HostRun run) {
+        for (HostCluster c = run.first; c < run.end(); ++c)
+            clusters_.clear(c.value);
+    }
     /// The same for whole structures of so many bytes.
-    void add(HostOffset at, std::uint64_t bytes) { add(clusters(at, bytes)); }
+    bool add(HostOffset at, std::uint64_t bytes) { return add(clusters(at, bytes)); }
     void remove(HostOffset at, std::uint64_t bytes) { remove(clusters(at, bytes)); }
 
   private:
@@ -39,24 +38,8 @@ class MetadataGuard {
         return {{at.value >> cluster_bits_}, divide_up(bytes, std::uint64_t{1} << cluster_bits_)};
     }
 
-    static constexpr unsigned chunk_bits = 22; ///< clusters of a chunk
-    struct Chunk {
-        std::atomic<std::uint64_t> words[std::uint64_t{1} << (chunk_bits - 6)];
-    };
-    struct Free {
-        void operator()(void *memory) const { std::free(memory); }
-    };
-    static std::uint64_t word_of(HostCluster c) { return (c.value & ((std::uint64_t{1} << chunk_bits) - 1)) / 64; }
-    static std::uint64_t bit_of(HostCluster c) { return std::uint64_t{1} << c.value % 64; }
-    std::atomic<std::uint64_t> *word(HostCluster c);
-
     const unsigned cluster_bits_;
-    // Zeroes that cost no memory until they are written, so that it does not matter how large an image could be.
-    std::uint64_t chunk_count_;
-    std::unique_ptr<std::atomic<Chunk *>, Free> chunks_owner_;
-    std::atomic<Chunk *> *chunks_;
-    std::mutex mutex_; // making a chunk
-    std::vector<std::unique_ptr<Chunk, Free>> made_;
+    SparseBits clusters_;
 };
 
 } // namespace qlean

@@ -20,7 +20,8 @@ constexpr std::uint64_t block_mask = ~std::uint64_t{0x1ff};
 
 Refcounts::Refcounts(const Geometry &geometry, File &file, std::vector<std::uint64_t> table, HostOffset home)
     : geometry_(geometry), file_(file), slice_bytes_(std::min(geometry.cluster_size(), max_slice_bytes)),
-      table_(std::move(table)), home_(home) {
+      table_(std::move(table)), home_(home), first_regions_(table_.size()), asked_(first_regions_),
+      shared_(first_regions_ * geometry.refcounts_per_block()) {
     for (std::size_t i = 0; i < table_.size(); ++i) {
         const std::uint64_t word = big_endian(table_[i]);
         if ((word & ~block_mask) != 0 || word % geometry_.cluster_size() != 0)
@@ -47,6 +48,20 @@ void Refcounts::read_block(std::uint64_t region, const std::function<void(std::u
     const RefcountView view(bytes, geometry_.refcount_order());
     for (std::size_t i = 0; i < view.size(); ++i)
         each(i, view.get(i));
+}
+
+bool Refcounts::was_shared(HostCluster c) {
+    const std::uint64_t region = region_of(c);
+    if (region >= first_regions_)
+        return false;
+    if (!asked_.has(region)) {
+        read_block(region, [&](std::uint64_t i, std::uint64_t count) {
+            if (count > 1)
+                shared_.set(region * region_clusters() + i);
+        });
+        asked_.set(region);
+    }
+    return shared_.has(c.value);
 }
 
 void Refcounts::throw_unlinked(HostCluster c) const {
@@ -114,6 +129,8 @@ std::vector<HostRun> Refcounts::decrement(HostRun run) {
         RefcountView view(s.bytes, geometry_.refcount_order());
         view.set(c.value % slice_counts(), count - 1);
         mark_dirty(s);
+        if (count == 2)
+            shared_.clear(c.value);
         if (count == 1)
             append_run(freed, {c, 1});
     }
@@ -205,12 +222,13 @@ void Refcounts::set_table(HostOffset home, std::uint64_t entries) {
     home_ = home;
 }
 
-void Refcounts::guard_with(MetadataGuard &guard) {
+bool Refcounts::guard_with(MetadataGuard &guard) {
     guard_ = &guard;
-    guard.add(home_, table_.size() * 8);
+    bool apart = guard.add(home_, table_.size() * 8);
     for (const std::uint64_t block : table_)
         if (block != 0)
-            guard.add(HostOffset{block}, geometry_.cluster_size());
+            apart = guard.add(HostOffset{block}, geometry_.cluster_size()) && apart;
+    return apart;
 }
 
 } // namespace qlean

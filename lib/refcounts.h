@@ -35,6 +35,10 @@ class Refcounts {
     /// The counts of region r as they are in the file, one by one to `each(index, count)`. Any thread.
     void read_block(std::uint64_t region, const std::function<void(std::uint64_t, std::uint64_t)> &each);
 
+    /// More than one was counted on `c` when its region was first asked about, and still is. Any thread; reads a block
+    /// once. A cluster that is given out after the opening is never among these.
+    bool was_shared(HostCluster c);
+
     /// The table: where it is, how long; the blocks it points to, by region. Any thread.
     HostOffset home() const;
     std::uint64_t table_entries() const;
@@ -61,8 +65,9 @@ class Refcounts {
     /// The table moved to `home`, with `entries` entries (existing ones kept, new ones zero).
     void set_table(HostOffset home, std::uint64_t entries);
 
-    /// From now on `guard` knows the table and the blocks. Before anybody else uses this.
-    void guard_with(MetadataGuard &guard);
+    /// From now on `guard` knows the table and the blocks. Before anybody else uses this. False if it knew a
+    /// part of them already.
+    bool guard_with(MetadataGuard &guard);
 
     /// Held exclusively while bytes of blocks or the table's homes change.
     RwLock &home_lock() { return home_lock_; }
@@ -88,6 +93,9 @@ class Refcounts {
     std::map<std::uint64_t, Slice> slices_; // leader only; by cluster / slice_counts()
     std::uint64_t dirty_count_ = 0;
     MetadataGuard *guard_ = nullptr;
+    const std::uint64_t first_regions_; // of the table as it was at the opening
+    SparseBits asked_;  // regions
+    SparseBits shared_; // clusters of these
 };
 
 } // namespace qlean

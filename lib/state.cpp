@@ -2,6 +2,8 @@
 // Copyright (c) 2026, the qlean authors
 #include "state.h"
 
+#include "error.h"
+
 namespace qlean {
 
 namespace {
@@ -21,22 +23,33 @@ State::State(Opened o)
       raw_data(o.header.has_data_file() && (o.header.autoclear & Header::autoclear_data_file_raw)),
       geometry(disk_geometry(o)), read_only(o.read_only), syncs(file, data),
       header(file, o.header, std::move(o.header_sector)), guard(geometry.cluster_bits()),
+      claims(geometry, o.header.entry_format(), L2Cache::slice_count(geometry), guard),
       l1(std::move(o.l1_words), o.header.l1_offset),
-      snapshots(geometry, file, syncs, l1, std::move(o.snapshots)), l2(geometry, file, syncs, l1, o.cache_bytes),
+      snapshots(geometry, file, syncs, l1, std::move(o.snapshots)), l2(geometry, file, syncs, l1, o.cache_bytes, read_only ? nullptr : &claims),
       refcounts(geometry, file, std::move(o.refcount_table), o.header.refcount_table_offset),
       allocator(geometry, file, refcounts, guard, o.end, [this] { return used_runs(); }),
       write_back(geometry, read_only, file, syncs, header, l1, l2, snapshots, refcounts, allocator),
       ranges(geometry),
       compressed(geometry, static_cast<Compression>(o.header.compression_type), file),
-      mapper(geometry, o.header.entry_format(), file, l1, l2, snapshots, allocator, compressed, guard),
+      mapper(geometry, o.header.entry_format(), file, l1, l2, snapshots, allocator, compressed, refcounts, guard, claims),
       contents(geometry, data, backing.get(), compressed),
       bitmaps(o.bitmaps ? std::make_unique<Bitmaps>(std::move(*o.bitmaps), geometry, file, header, refcounts, allocator,
                                                     write_back, [this] { return metadata_runs(); })
                         : nullptr),
       cache_bytes(o.cache_bytes), opened_end(o.end) {
-    guard.add({{0}, 1});
-    l1.guard_with(guard, geometry.cluster_size());
-    refcounts.guard_with(guard);
+    bool apart = guard.add({{0}, 1});
+    apart = l1.guard_with(guard, geometry.cluster_size()) && apart;
+    apart = refcounts.guard_with(guard) && apart;
+    if (!apart && !read_only)
+        throw_bad_image("'{}' is damaged: two of its tables have a cluster in common, and writing one would destroy the "
+                        "other; open it read-only, or repair it with 'qlean check --repair all'",
+                        file.name());
+    if (!read_only) {
+        claims.taken(snapshots.metadata_runs());
+        claims.taken({encryption_header});
+        if (bitmaps)
+            claims.taken(bitmaps->runs());
+    }
     if (bitmaps)
         write_back.keep_up(Header::autoclear_bitmaps);
     if (raw_data)

@@ -8,6 +8,7 @@
 #include "allocator.h"
 #include "backing.h"
 #include "bitmaps.h"
+#include "claims.h"
 #include "compressed_clusters.h"
 #include "contents.h"
 #include "file.h"
@@ -58,6 +59,7 @@ struct State {
     SyncLog syncs;
     HeaderHome header;
     MetadataGuard guard;
+    Claims claims;
     L1Table l1;
     Snapshots snapshots;
     L2Cache l2;
