@@ -126,10 +126,11 @@ void judge_marks(const File &file, const Header &header, const Image::Options &o
                                 repaired ? fmt::format(" ({} problems are beyond repair: {})", repaired->corruptions,
                                                        repaired->problems.empty() ? "" : repaired->problems.front())
                                          : ""));
-    if (header.incompatible & Header::incompatible_dirty && !repaired)
+    // What was looked at for leaks alone may still have counts that are too low, and its data would be overwritten.
+    if (header.incompatible & Header::incompatible_dirty && options.repair.value_or(Repair::all) != Repair::all)
         throw Error(Error::Kind::bad_image, EIO,
-                    fmt::format("'{}' has the dirty bit set: its refcounts may be wrong after a crash; open it without "
-                                "repair=none, or read-only",
+                    fmt::format("'{}' has the dirty bit set: its refcounts may be wrong after a crash; open it with "
+                                "repair=all, or read-only",
                                 file.name()));
 }
 
@@ -200,28 +201,17 @@ std::unique_ptr<Image> Image::open(const std::string &path, const Options &optio
     const auto access = options.read_only ? PosixFile::Access::read_only : PosixFile::Access::read_write;
     auto file = PosixFile::open(path, access);
     lock_image(*file, access);
-    const bool believed = !file->had_failed_sync();
-    if (!options.read_only) {
-        // A server that was killed leaves writes that nobody has made durable; everything below relies on what it
-        // reads. After a sync that failed, the page cache shows what the device never got.
-        if (believed)
-            file->sync();
-        else
-            file->distrust_page_cache();
-    }
+    if (!options.read_only)
+        file->agree_with_device();
     PosixFile &posix = *file;
     Options with_data = options;
     with_data.open_data = [&](const Header &header) {
         auto data = open_data_file(header, posix, options.data_file, access);
-        if (!options.read_only && believed)
-            data->sync();
-        else if (!options.read_only)
-            data->distrust_page_cache();
+        if (!options.read_only)
+            data->agree_with_device();
         return data;
     };
     auto image = open(std::move(file), with_data);
-    if (!options.read_only && !believed)
-        posix.remember_failed_sync(false);
     image->on_poison([&posix] { posix.remember_failed_sync(true); });
     return image;
 }

@@ -109,9 +109,15 @@ void PosixFile::write(std::span<const std::byte> from, HostOffset at) {
     }
 }
 
+/// Whoever opens the file next must know.
+void PosixFile::fail_to_sync(int code, const char *how) {
+    remember_failed_sync(true);
+    throw_io(code, fmt::format("making '{}' durable ({}) failed", path_, how));
+}
+
 void PosixFile::sync() {
     if (::fdatasync(fd_) == -1)
-        throw_io(errno, fmt::format("making '{}' durable (fdatasync) failed", path_));
+        fail_to_sync(errno, "fdatasync");
 }
 
 void PosixFile::truncate(std::uint64_t length) {
@@ -205,10 +211,19 @@ void PosixFile::start_writing_out(HostOffset at, std::uint64_t length) {
     ::sync_file_range(fd_, as_off(at), static_cast<off_t>(length), SYNC_FILE_RANGE_WRITE);
 }
 
+/// Writes back what is dirty and forgets the page cache: after a failed sync the kernel marks pages clean that never
+/// reached the device, and only the device tells the truth.
 void PosixFile::distrust_page_cache() {
     if (::fsync(fd_) == -1)
-        throw_io(errno, fmt::format("making '{}' durable (fsync) failed", path_));
+        fail_to_sync(errno, "fsync");
     ::posix_fadvise(fd_, 0, 0, POSIX_FADV_DONTNEED);
+}
+
+void PosixFile::agree_with_device() {
+    if (!had_failed_sync())
+        return sync();
+    distrust_page_cache();
+    remember_failed_sync(false);
 }
 
 void PosixFile::remember_failed_sync(bool failed) {

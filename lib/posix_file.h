@@ -43,15 +43,18 @@ class PosixFile final : public File {
 
     int descriptor() const { return fd_; }
     bool is_device() const { return is_device_; }
-    /// Writes back what is dirty and forgets the page cache: after a failed sync the kernel marks pages clean that
-    /// never reached the device, and only the device tells the truth.
-    void distrust_page_cache();
+    /// To be called before anything is concluded from what the file says and then written. A server that was killed
+    /// leaves writes that nobody has made durable: this makes them so. After a sync of this file that failed, the page
+    /// cache shows what the device never got: it is forgotten.
+    void agree_with_device();
     /// Remembers, or asks, whether a sync of this file failed while its pages may still be cached.
     void remember_failed_sync(bool failed);
     bool had_failed_sync() const;
 
   private:
     PosixFile(int fd, std::string path) : fd_(fd), path_(std::move(path)) {}
+    void distrust_page_cache();
+    [[noreturn]] void fail_to_sync(int code, const char *how);
     [[noreturn]] void fail(int code, const char *what, HostOffset at, std::uint64_t length) const;
 
     int fd_;

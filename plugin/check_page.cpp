@@ -113,9 +113,10 @@ void prepare_check_only(Server &server) {
     const auto access = writes ? PosixFile::Access::read_write : PosixFile::Access::read_only;
     server.checked = PosixFile::open(server.options.file, access);
     lock_image(*server.checked, access);
-    if (writes)
+    if (writes) {
+        server.checked->agree_with_device();
         server.repaired = repair_file(*server.checked, *server.options.repair);
-    else
+    } else
         read_header(*server.checked).first.require_known(server.options.file);
 }
 

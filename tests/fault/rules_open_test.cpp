@@ -20,6 +20,25 @@ using namespace qlean::fault;
 
 namespace {
 
+std::atomic<bool> syncs_fail{false};
+
+} // namespace
+
+/// In place of the C library's: a kernel that fails on request.
+extern "C" int fdatasync(int fd) {
+    if (!syncs_fail)
+        return ::fsync(fd);
+    errno = EIO;
+    return -1;
+}
+
+namespace {
+
+struct SyncsFail {
+    SyncsFail() { syncs_fail = true; }
+    ~SyncsFail() { syncs_fail = false; }
+};
+
 constexpr std::uint64_t cluster = 512;
 
 /// An image in a real file, for what only the kernel knows.
@@ -227,6 +246,11 @@ TEST_CASE("C8: a failed sync is remembered with the file, and forgotten once the
     }
     (void)Image::open(file.path, {});
     CHECK_FALSE(PosixFile::open(file.path, PosixFile::Access::read_write)->had_failed_sync());
+    // Whoever syncs: a repair does so before there is an image that could be poisoned.
+    const auto posix = PosixFile::open(file.path, PosixFile::Access::read_write);
+    const SyncsFail fail;
+    CHECK_THROWS_AS(posix->sync(), Error);
+    CHECK(posix->had_failed_sync());
 }
 
 TEST_CASE("C9: autoclear bits are cleared, durably, before anything else of the image changes") {
