@@ -14,6 +14,7 @@ namespace {
 /// As many as QEMU checks.
 constexpr std::uint64_t max_clusters = std::numeric_limits<std::int32_t>::max();
 constexpr std::uint64_t max_offset = std::numeric_limits<std::int64_t>::max();
+constexpr std::uint64_t near_clusters = 64; ///< beyond the end of a file that has fewer
 constexpr std::uint64_t l1_reserved = 0x7f00'0000'0000'01ff;
 constexpr std::uint64_t l2_reserved = 0x3f00'0000'0000'01fe;
 constexpr std::uint64_t table_reserved = 0x1ff;
@@ -133,10 +134,11 @@ void Checker::count_refcount_blocks() {
             corrupt(fmt::format("refcount block {} at {:#x} is used {} times", r, at, references(c.value)));
             rebuild_ = true;
         }
+        rebuild_ = rebuild_ || exact_references(c.value) != 1; // what a narrow refcount cannot say
     }
     for (std::uint64_t c = geometry_.cluster_of(header_.refcount_table_offset).value, n = 0;
          n < header_.refcount_table_clusters; ++n)
-        rebuild_ = rebuild_ || references(c + n) > 1;
+        rebuild_ = rebuild_ || exact_references(c + n) > 1;
 }
 
 void Checker::compare() {
@@ -182,6 +184,9 @@ void Checker::count(HostOffset at, std::uint64_t bytes, const char *what, std::u
         return;
     // The last cluster of a file may be partial; but nothing may reach a whole cluster beyond its end.
     if (bytes > max_offset || at.value > max_offset - bytes || at.value + bytes >= source_.length() + cluster_) {
+        const std::uint64_t near = std::max(source_.length(), near_clusters * cluster_);
+        if (bytes <= near && at.value <= source_.length() + near)
+            reach_ = std::max(reach_, geometry_.clusters_for(at.value + bytes));
         if (!source_.touched(geometry_.cluster_of(at)))
             corrupt(fmt::format("{} at {:#x} lies beyond the end of the file", what, at.value), times);
         return;

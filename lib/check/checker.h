@@ -37,9 +37,11 @@ class Checker {
         std::uint64_t index;
     };
     const std::vector<Table> &tables() const { return tables_; }
-    const std::vector<std::uint64_t> &l1() const { return l1_; }
     const std::vector<std::uint64_t> &refcount_table() const { return table_; }
-    std::uint64_t references(std::uint64_t cluster) const { return tally_->of(cluster); }
+    /// However many a refcount can say.
+    std::uint64_t exact_references(std::uint64_t cluster) const { return tally_->exact(cluster); }
+    /// One past the furthest cluster beyond the end of the file that something refers to, unless absurdly far; else 0.
+    std::uint64_t reach() const { return reach_; }
     /// Clusters that were compared.
     std::uint64_t clusters() const { return clusters_; }
     /// The counts of a region as they are stored; nothing where they cannot be.
@@ -58,6 +60,7 @@ class Checker {
   private:
     enum class Type { unallocated, zero, zero_allocated, normal, compressed };
 
+    std::uint64_t references(std::uint64_t cluster) const { return tally_->of(cluster); }
     void corrupt(std::string text, std::uint64_t times = 1);
     void give_up(std::string text);
     void count(HostOffset at, std::uint64_t bytes, const char *what, std::uint64_t times = 1);
@@ -83,6 +86,7 @@ class Checker {
     const Geometry geometry_;
     const std::uint64_t cluster_;
     std::uint64_t clusters_; ///< of the file; one more if a reference reaches beyond a partial last one
+    std::uint64_t reach_ = 0;
     std::vector<std::uint64_t> table_, l1_;
     std::vector<Table> tables_;
     std::size_t joined_ = 0;

@@ -34,20 +34,22 @@ class LazyBytes {
 
 class ReferenceTally {
   public:
-    /// For clusters below `capacity`, counts of at most `max`.
+    /// For clusters below `capacity`, with refcounts of at most `max`.
     ReferenceTally(std::uint64_t capacity, std::uint64_t max) : few_(capacity), max_(max) {}
 
     std::uint64_t capacity() const { return few_.size(); }
-    std::uint64_t of(std::uint64_t c) const {
+    /// What a refcount can say of it.
+    std::uint64_t of(std::uint64_t c) const { return std::min(exact(c), max_); }
+    std::uint64_t exact(std::uint64_t c) const {
         if (c >= few_.size())
             return 0;
         return few_[c] < many ? few_[c] : many_.at(c);
     }
     /// Adds `times` references; gives how many of them are beyond what a refcount can say.
     std::uint64_t add(std::uint64_t c, std::uint64_t times) {
-        const std::uint64_t before = of(c), fits = std::min(times, max_ - before);
-        set(c, before + fits);
-        return times - fits;
+        const std::uint64_t before = exact(c), after = before + std::min(times, ~before);
+        set(c, after);
+        return (after - std::min(after, max_)) - (before - std::min(before, max_));
     }
     void set(std::uint64_t c, std::uint64_t count) {
         few_[c] = static_cast<std::uint8_t>(std::min(count, many));

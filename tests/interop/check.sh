@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) 2026, the qlean authors
 #
-# Usage: check.sh damaged [SEED]|online|kinds|marks. damaged: check.py. online: beside a guest nothing is found that is not
+# Usage: check.sh damaged [all]|online|kinds|marks. damaged: check.py. online: beside a guest nothing is found that is not
 # there, and leaks are given back. kinds: beside a guest of images with other features, and with QEMU's numbers at the
 # end. marks: images that are marked dirty or corrupt.
 . "$(dirname "$0")/../lib.sh"

@@ -5,6 +5,7 @@
 // said it was, and the next repair ends with a clean image. (What counts as wrong is compared with QEMU elsewhere.)
 #include "lib/byte_order.h"
 #include "lib/check/check.h"
+#include "lib/check/reference_tally.h"
 #include "lib/error.h"
 #include "lib/l2_entry.h"
 #include "tests/fault/scene.h"
@@ -18,8 +19,9 @@ namespace {
 
 constexpr std::uint64_t cluster = 512;
 
-BuiltImage sound_image() {
+BuiltImage sound_image(unsigned version = 3) {
     ImagePlan plan;
+    plan.version = version;
     plan.virtual_size = 160 * cluster; // three L2 tables
     for (std::uint64_t c = 0; c < 150; c += 1 + c % 3)
         plan.data[c] = 2 + c;
@@ -34,6 +36,7 @@ void set_refcount(BuiltImage &image, std::uint64_t c, unsigned count) {
 struct Damage {
     const char *name;
     std::function<void(BuiltImage &)> make;
+    bool mark = false; ///< which version 2 does not have
 };
 
 /// Entry of guest cluster 1, which has data of its own.
@@ -74,9 +77,38 @@ const std::vector<Damage> damages = {
     {"a refcount block lost", [](BuiltImage &i) { i.set_word(i.refcount_table, 0); }},
     {"a refcount table entry that is no block", [](BuiltImage &i) { i.set_word(i.refcount_table, 0x101); }},
     {"a refcount block beyond the end", [](BuiltImage &i) { i.set_word(i.refcount_table + 8, 1 << 20); }},
-    {"a misaligned zero cluster is not possible here, but the dirty mark", [](BuiltImage &i) { i.set_word(72, 1); }},
-    {"the corrupt mark", [](BuiltImage &i) { i.set_word(72, 2); }},
+    {"an entry and a refcount block at one place beyond the end",
+     [](BuiltImage &i) {
+         const std::uint64_t at = i.bytes.size() + 9 * cluster;
+         i.set_word(entry_at(i), entry::data({at}));
+         i.set_word(i.refcount_table + 8, at);
+     }},
+    {"data just beyond the end, and a refcount block lost",
+     [](BuiltImage &i) {
+         i.set_word(entry_at(i), entry::data({i.bytes.size()}));
+         i.set_word(i.refcount_table, 0);
+     }},
+    {"data just beyond the end, and in its own L2 table",
+     [](BuiltImage &i) {
+         i.set_word(entry_at(i), entry::data({i.bytes.size()}));
+         i.set_word(i.l2_entry_at(5), entry::data({i.l2_tables.at(0)}));
+     }},
+    {"a misaligned zero cluster is not possible here, but the dirty mark", [](BuiltImage &i) { i.set_word(72, 1); },
+     true},
+    {"the corrupt mark", [](BuiltImage &i) { i.set_word(72, 2); }, true},
 };
+
+/// `what` for each damage, in each version of the format that can have it.
+void each_damage(const std::function<void(const BuiltImage &, const std::string &)> &what) {
+    for (const unsigned version : {3u, 2u})
+        for (const Damage &damage : damages) {
+            if (damage.mark && version < 3)
+                continue;
+            BuiltImage image = sound_image(version);
+            damage.make(image);
+            what(image, fmt::format("{}, version {}", damage.name, version));
+        }
+}
 
 CheckReport repair(const std::shared_ptr<FaultyDisk> &disk, Repair how) {
     FaultyFile file(disk);
@@ -99,13 +131,26 @@ void require_clean(const Bytes &image, const Bytes &guest) {
     CHECK(load_be<std::uint64_t>(image, 72) == 0);
 }
 
+/// The L1 table, and the tables it points to, have refcounts: nobody takes them for free.
+bool tables_are_counted(const Bytes &bytes) {
+    const auto word = [&](std::uint64_t at) { return load_be<std::uint64_t>(bytes, at); };
+    const auto counted = [&](std::uint64_t at) {
+        const std::uint64_t block = word(word(48)), c = at / cluster;
+        return load_be<std::uint16_t>(bytes, block + c * 2) != 0;
+    };
+    const std::uint64_t l1 = word(40);
+    bool all = counted(l1);
+    for (std::uint64_t i = 0; i < load_be<std::uint32_t>(bytes, 36); ++i)
+        if (const HostOffset table = entry::table(word(l1 + i * 8)); table.value != 0)
+            all = all && counted(table.value);
+    return all;
+}
+
 } // namespace
 
 TEST_CASE("What is damaged is repaired, and the guest's disk is what it was") {
-    for (const Damage &damage : damages) {
-        INFO(damage.name);
-        BuiltImage image = sound_image();
-        damage.make(image);
+    each_damage([](const BuiltImage &image, const std::string &name) {
+        INFO(name);
         const Bytes guest = guest_bytes(image.bytes);
         auto disk = std::make_shared<FaultyDisk>(image.bytes);
         const CheckReport report = repair(disk, Repair::all);
@@ -120,16 +165,14 @@ TEST_CASE("What is damaged is repaired, and the guest's disk is what it was") {
         const std::uint64_t changes = disk->count(any_change);
         CHECK(repair(disk, Repair::all).clean());
         CHECK(disk->count(any_change) == changes);
-    }
+    });
 }
 
 TEST_CASE("A repair that is cut off at any moment is finished by the next one") {
     const std::uint64_t seed = fresh_seed();
     INFO("QLEAN_SEED=" << seed);
     std::mt19937_64 random(seed);
-    for (const Damage &damage : damages) {
-        BuiltImage image = sound_image();
-        damage.make(image);
+    each_damage([&](const BuiltImage &image, const std::string &name) {
         const Bytes guest = guest_bytes(image.bytes);
         auto disk = std::make_shared<FaultyDisk>(image.bytes);
         disk->record();
@@ -138,7 +181,7 @@ TEST_CASE("A repair that is cut off at any moment is finished by the next one") 
         for (std::size_t moment = 0; moment < cuts.moments(); ++moment) {
             cuts.move_to(moment);
             for (int way = 0; way < 4; ++way) {
-                INFO(damage.name << ", moment " << moment << ", way " << way);
+                INFO(name << ", moment " << moment << ", way " << way);
                 const Bytes left = way == 0 ? cuts.image_of_killed() : cuts.image(random_fates(cuts, random));
                 CHECK((guest_bytes(left) == guest));
                 auto again = std::make_shared<FaultyDisk>(left);
@@ -146,16 +189,50 @@ TEST_CASE("A repair that is cut off at any moment is finished by the next one") 
                 require_clean(again->bytes(), guest);
             }
         }
-    }
+    });
+}
+
+TEST_CASE("A table that a repair moved has a refcount before anything points there, and whatever cuts it off") {
+    const std::uint64_t seed = fresh_seed();
+    INFO("QLEAN_SEED=" << seed);
+    std::mt19937_64 random(seed);
+    for (const unsigned version : {2u, 3u})
+        for (const bool l1 : {false, true}) {
+            BuiltImage image = sound_image(version);
+            image.set_word(entry_at(image), entry::data({l1 ? image.l1 : image.l2_tables.at(1)}));
+            auto disk = std::make_shared<FaultyDisk>(image.bytes);
+            disk->record();
+            repair(disk, Repair::all);
+            PowerCuts cuts(*disk);
+            for (std::size_t moment = 0; moment < cuts.moments(); ++moment) {
+                cuts.move_to(moment);
+                for (int way = 0; way < 8; ++way) {
+                    INFO("version " << version << (l1 ? ", L1" : "") << ", moment " << moment << ", way " << way);
+                    CHECK(tables_are_counted(way == 0 ? cuts.image_of_killed() : cuts.image(random_fates(cuts, random))));
+                }
+            }
+        }
+}
+
+TEST_CASE("References are counted exactly, and shown as far as a refcount can say") {
+    ReferenceTally tally(10, 1);
+    CHECK(tally.add(3, 1) == 0);
+    CHECK(tally.add(3, 2) == 2);
+    CHECK(tally.of(3) == 1);
+    CHECK(tally.exact(3) == 3);
+    CHECK(tally.add(4, 1000) == 999);
+    CHECK(tally.exact(4) == 1000);
+    CHECK(tally.add(4, ~std::uint64_t{0}) == ~std::uint64_t{0} - 1000);
+    CHECK(tally.exact(4) == ~std::uint64_t{0});
+    CHECK(tally.exact(5) == 0);
+    CHECK(tally.exact(10) == 0);
 }
 
 TEST_CASE("A repair that fails leaves what the next one repairs") {
-    for (const Damage &damage : damages) {
-        BuiltImage image = sound_image();
-        damage.make(image);
+    each_damage([](const BuiltImage &image, const std::string &name) {
         const Bytes guest = guest_bytes(image.bytes);
         for (std::uint64_t nth = 1;; ++nth) {
-            INFO(damage.name << ", the change that fails is number " << nth);
+            INFO(name << ", the change that fails is number " << nth);
             auto disk = std::make_shared<FaultyDisk>(image.bytes);
             Fault fault;
             fault.nth = nth;
@@ -174,7 +251,7 @@ TEST_CASE("A repair that fails leaves what the next one repairs") {
             if (!failed)
                 break;
         }
-    }
+    });
 }
 
 TEST_CASE("Leaks are repaired alone, unless there is worse") {
