@@ -50,6 +50,9 @@ trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
+# gone PID: it has ended, or does within 10 s
+gone() { timeout 10 tail -s 0.02 --pid="$1" -f /dev/null; }
+
 # end_pid PID: asks, waits two seconds, insists
 end_pid() {
     local _
@@ -192,7 +195,7 @@ server_ready() {
 stop_server() {
     local pid=${1:-$SERVER} rc=0
     kill "$pid" || fail "the server $pid is gone"
-    timeout 10 tail --pid="$pid" -f /dev/null || fail "the server still runs 10 s after SIGTERM"
+    gone "$pid" || fail "the server still runs 10 s after SIGTERM"
     wait "$pid" || rc=$?
     [ $rc = 0 ] || fail "the server ended with status $rc after SIGTERM"
 }
@@ -208,7 +211,9 @@ export_uri() { echo "nbd+unix:///$1?socket=$SOCK"; }
 # status [JQ FILTER]: one snapshot of the status export
 status() { nbdcopy "$(export_uri status)" - | cat | jq -c "${1:-.}"; }
 
-compact() { "$QLEAN" compact "$SOCK" >>"$W/qlean.log" 2>&1 || fail "qlean compact: $(tail -n 3 "$W/qlean.log")"; }
+# compact: as fast as it can; compact_kindly: with consideration for the guest, as users do it, which takes its time
+compact() { compact_kindly --fast; }
+compact_kindly() { "$QLEAN" compact "$@" "$SOCK" >>"$W/qlean.log" 2>&1 || fail "qlean compact: $(tail -n 3 "$W/qlean.log")"; }
 
 # guest ARGUMENTS: random guest I/O checked against a raw model (guest_io.py)
 guest() { "$PYTHON" "$TESTS/guest_io.py" --uri "$URI" "$@"; }
@@ -228,6 +233,31 @@ guest_end() {
     touch "$W/guest-stop"
     wait "$GUEST" || fail "the guest failed: $(tail -n 3 "$W/guest.log")"
     tail -n 1 "$W/guest.log"
+}
+
+# busy WHAT REQUESTS [GUEST'S ARGUMENTS]: a guest alone, then one beside compaction (twice, so that they meet for a
+# while), then compaction alone; the model is $W/model
+busy() {
+    local what=$1 requests=$2
+    shift 2
+    guest --model "$W/model" --requests "$requests" "$@" >"$W/guest.log" 2>&1 || fail "$what: $(cat "$W/guest.log")"
+    guest_beside --model "$W/model" "$@"
+    compact
+    compact
+    guest_end
+    compact
+}
+
+# again IMAGE WHAT REQUESTS [GUEST'S ARGUMENTS]: QEMU has written to the image: it is clean, and served once more
+again() {
+    local image=$1 what=$2 requests=$3
+    shift 3
+    judge "$image"
+    qemu-img convert -f qcow2 -O raw "$image" "$W/model"
+    start_server "$image"
+    guest --model "$W/model" --requests "$requests" "$@" >"$W/guest.log" 2>&1 || fail "$what: after QEMU: $(cat "$W/guest.log")"
+    stop_server
+    judge "$image" "$W/model"
 }
 
 # nbdsh_do URI PYTHON: a few lines over libnbd, connected as h; nbdsh_beside does it in the background, as $PID

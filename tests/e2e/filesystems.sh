@@ -65,8 +65,8 @@ rounds() { # the writer may be rewriting the file just now
 started() { [ "$(rounds)" -ge 5 ]; }
 eventually 20 started || fail "the writer does not write"
 from=$(rounds)
-compact
-compact
+compact_kindly
+compact_kindly
 kill -0 $writer 2>/dev/null || fail "the writer failed beside compaction"
 [ "$(rounds)" -gt "$from" ] || fail "nothing was written during compaction"
 touch "$W/stop"
@@ -80,7 +80,7 @@ mount -t "$fs" "$loop" "$W/mnt"
 fstrim "$W/mnt"
 umount "$W/mnt"
 losetup -d "$loop"
-compact
+compact_kindly
 nbdcopy "$URI" "$W/raw"
 stop_server
 judge "$image" "$W/raw"

@@ -60,12 +60,12 @@ guest_says 30 'HASHED 3'
 long=$(length "$image")
 from=$(hashed)
 more() { [ "$(hashed)" -gt "$1" ]; }
-compact
+compact_kindly
 eventually 30 more "$from" || fail "the guest does not go on beside compaction"
 for _ in 1 2; do # again and again, while it goes on writing
     at=$(hashed)
     eventually 30 more $((at + 2)) || fail "the guest does not go on"
-    compact
+    compact_kindly
 done
 guest_said FAIL && fail "$(grep -a '^GUEST FAIL' "$W/serial.txt" | head -n 3)"
 say "compacted three times beside the guest, length $long -> $(length "$image"), $(($(hashed) - from)) rounds hashed meanwhile"
@@ -74,7 +74,7 @@ say "compacted three times beside the guest, length $long -> $(length "$image"),
 in_guest first 'touch /run/stop'
 guest_says 60 VERIFIED
 in_guest first 'fstrim /mnt' || fail "fstrim through the agent failed"
-compact
+compact_kindly
 v shutdown first --mode agent >/dev/null
 end_of_domain first
 stop_server

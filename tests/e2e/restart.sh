@@ -43,7 +43,7 @@ sleep 1
 guest_end
 end_pid "$daemon"
 wait "$daemon" || fail "qemu-storage-daemon ended with an error"
-compact
+compact_kindly
 stop_server
 judge "$image" "$W/model"
 lean "$image" 102
@@ -113,7 +113,7 @@ guest_says 90 DONE
 guest_said VERIFIED || fail "the guest did not verify"
 wait $qemu || fail "QEMU ended with an error"
 say "three restarts with SIG$signal under a guest, $(rounds) rounds, $(grep -a LOST-AND "$W/serial.txt" | tr -d '\r')"
-compact
+compact_kindly
 stop_server
 judge "$image"
 lean "$image" 102

@@ -6,10 +6,14 @@
 # QEMU knows), the disk is the one that QEMU sees, as opened, after random guest I/O, after `zeroes` and `compact`, and
 # after QEMU has written to it again; trims never bring old data back, and what lies below is never written.
 #
-# Argument: the version of the overlay, 2 or 3.
+# Usage: backing.sh 2|3 [all]. The version of the overlay. Without "all" it has clusters of 512 bytes and 64 KiB, and one of
+# version 2 only what depends on the version.
 . "$(dirname "$0")/../lib.sh"
 need qemu-img qemu-io jq
-version=${1:-3}
+version=${1:?the version of the overlay}
+clusters=(512 64k) part=
+[ "${2:-}" != all ] || clusters=(512 4k 64k 2M)
+[ "$version${2:-}" != 2 ] || part=1
 compat=$([ "$version" = 2 ] && echo 0.10 || echo 1.1)
 seed=${QLEAN_SEED:-$RANDOM}
 say "seed $seed"
@@ -105,13 +109,22 @@ base() { # base FORMAT NAME SIZE [qemu-img's options]
     fill "$1" "$images/$2" "$3" "$seed$3"
 }
 M=$((1 << 20))
-for cluster in 512 4k 64k 2M; do
+for cluster in "${clusters[@]}"; do
     size=$((12 * M + 512)) # no multiple of a cluster
     top=$images/sub/top.qcow2
     base qcow2 base.qcow2 $size
     overlay $cluster ../base.qcow2 qcow2
     exercise "qcow2-$cluster" "$top"
 
+    base qcow2 base.qcow2 $((5 * M + 1536)) -o cluster_size=4k
+    overlay $cluster ../base.qcow2 qcow2 $size
+    exercise "shorter-$cluster" "$top"
+
+    base raw base.raw $((20 * M))
+    overlay $cluster ../base.raw raw $size
+    exercise "longer-$cluster" "$top"
+
+    [ -z "$part" ] || continue
     base raw base.raw $size
     overlay $cluster ../base.raw raw
     exercise "raw-$cluster" "$top"
@@ -123,14 +136,6 @@ for cluster in 512 4k 64k 2M; do
     fill qcow2 "$images/base2.qcow2" $size 2
     overlay $cluster ../base2.qcow2 qcow2
     exercise "deep-$cluster" "$top"
-
-    base qcow2 base.qcow2 $((5 * M + 1536)) -o cluster_size=4k
-    overlay $cluster ../base.qcow2 qcow2 $size
-    exercise "shorter-$cluster" "$top"
-
-    base raw base.raw $((20 * M))
-    overlay $cluster ../base.raw raw $size
-    exercise "longer-$cluster" "$top"
 done
 
 base raw base.raw $((6 * M))
@@ -138,9 +143,17 @@ overlay 64k ../base.raw raw
 qemu-img resize -q "$top" 64M
 exercise grown "$top"
 
+for format in qcow2 raw; do
+    base $format base.$format $((8 * M))
+    overlay 64k ../base.$format $format
+    without_format "$top"
+    exercise "no-format-$format" "$top"
+done
+[ -z "$part" ] || exit 0
+
 base qcow2 base.qcow2 $((8 * M))
 qemu-img convert -c -O qcow2 "$images/base.qcow2" "$images/base-compressed.qcow2"
-overlay 64k "json:{\"driver\":\"qcow2\",\"file\":{\"driver\":\"file\",\"filename\":\"$images/base.qcow2\"}}" qcow2
+overlay 64k "json:{\"driver\":\"qcow2\",\"file\":{\"driver\":\"file\",\"filename\":\"$images/base-compressed.qcow2\"}}" qcow2
 exercise json "$top"
 
 base raw base.raw $((8 * M))
@@ -150,10 +163,3 @@ exercise json-part "$top"
 base qcow2 base.qcow2 $((8 * M))
 overlay 64k "file:$images/base.qcow2" qcow2
 exercise file-prefix "$top"
-
-for format in qcow2 raw; do
-    base $format base.$format $((8 * M))
-    overlay 64k ../base.$format $format
-    without_format "$top"
-    exercise "no-format-$format" "$top"
-done

@@ -69,7 +69,7 @@ bits() {
     pid=$PID
     eventually 10 test -S "$sock" || fail "qemu-nbd does not export bitmap $1: $(tail -n 2 "$W/qemu-nbd.log")"
     nbdinfo --json --map="qemu:dirty-bitmap:$1" "nbd+unix:///?socket=$sock" >"$W/$1.json"
-    timeout 10 tail --pid="$pid" -f /dev/null || fail "qemu-nbd does not end"
+    gone "$pid" || fail "qemu-nbd does not end"
 }
 # equal NAME GRANULARITY: that is the model
 equal() {

@@ -42,7 +42,7 @@ print(peak, longest, samples)
 END
 sampler=$!
 started=$(date +%s%N)
-compact
+compact_kindly
 took=$((($(date +%s%N) - started) / 1000000))
 touch "$W/stop"
 wait $sampler

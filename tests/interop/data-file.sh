@@ -89,12 +89,9 @@ for cluster in 512 4k 64k 2M 64k,extended_l2=on; do
     rm -f "$W/model"
     made=$(length "$data")
     start_server --reclaim "$image"
-    guest --model "$W/model" --requests 300 --largest 262144 >"$W/guest.log" 2>&1 || fail "$cluster: $(cat "$W/guest.log")"
-    guest_beside --model "$W/model" --largest 262144
-    compact
-    guest_end
-    compact
-    nbdinfo --map "$(export_uri compact)" | grep -vq 'hole' && fail "$cluster: something is left to move: $(nbdinfo --map "$(export_uri compact)")"
+    busy "$cluster" 300 --largest 262144
+    nbdinfo --map "$(export_uri compact)" >"$W/map.txt"
+    ! grep -vq hole "$W/map.txt" || fail "$cluster: something is left to move: $(cat "$W/map.txt")"
     [ "$(status .data_file.raw)" = $([ $mode = raw ] && echo true || echo false) ] || fail "status: $(status .data_file)"
     stop_server
     same "$image" "$data"
@@ -103,10 +100,7 @@ for cluster in 512 4k 64k 2M 64k,extended_l2=on; do
 
     # QEMU writes again; then a disk of zeroes is given back to the host
     qemu-io -f qcow2 -c 'write -P 77 1234944 100352' -c 'discard 4M 4M' -c 'write -z 9M 1M' -c 'write -zu 11M 1M' "$image" >/dev/null
-    qemu-img convert -f qcow2 -O raw "$image" "$W/model"
-    start_server "$image"
-    guest --model "$W/model" --requests 100 --largest 262144 >"$W/guest.log" 2>&1 || fail "$cluster: after QEMU: $(cat "$W/guest.log")"
-    stop_server
+    again "$image" "$cluster" 100 --largest 262144
     same "$image" "$data"
     before=$(allocated "$data")
     start_server "$image"

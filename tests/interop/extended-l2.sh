@@ -54,21 +54,12 @@ sizes() {
         qemu-img convert -f qcow2 -O raw "$image" "$W/model"
         start_server --reclaim "$image"
         same_map "$image"
-        guest --model "$W/model" --requests 250 --largest 262144 >"$W/guest.log" 2>&1 || fail "$bits: $(cat "$W/guest.log")"
-        guest_beside --model "$W/model" --largest 262144
-        compact
-        guest_end
-        compact
+        busy "$bits" 250 --largest 262144
         stop_server
         judge "$image" "$W/model"
         lean "$image" 102
         by_qemu "$image" "$((bits + 100))"
-        judge "$image"
-        qemu-img convert -f qcow2 -O raw "$image" "$W/model"
-        start_server "$image"
-        guest --model "$W/model" --requests 50 --largest 262144 >"$W/guest.log" 2>&1 || fail "$bits: after QEMU: $(cat "$W/guest.log")"
-        stop_server
-        judge "$image" "$W/model"
+        again "$image" "$bits" 50 --largest 262144
         rm "$image"
     done
 }
@@ -171,20 +162,12 @@ backing() {
             start_server "$image"
             nbdcopy "$URI" "$W/raw"
             cmp "$W/raw" "$W/model" || fail "$below, $bits: not what QEMU reads"
-            guest --model "$W/model" --requests 250 --largest 100000 >"$W/guest.log" 2>&1 || fail "$below, $bits: $(cat "$W/guest.log")"
-            guest_beside --model "$W/model" --largest 100000
-            compact
-            guest_end
-            compact
+            busy "$below, $bits" 250 --largest 100000
             stop_server
             judge "$image" "$W/model"
             [ "$(sha "$W/$below")" = "$base" ] || fail "$below was changed"
             by_qemu "$image" "$((bits + 100))"
-            qemu-img convert -f qcow2 -O raw "$image" "$W/model"
-            start_server "$image"
-            guest --model "$W/model" --requests 50 --largest 262144 >"$W/guest.log" 2>&1 || fail "$below, $bits: after QEMU: $(cat "$W/guest.log")"
-            stop_server
-            judge "$image" "$W/model"
+            again "$image" "$below, $bits" 50 --largest 262144
         done
     done
 }

@@ -45,7 +45,7 @@ h.trim((4 << 30) - 512, end // 2 - 123)
 h.flush()
 assert h.pread(7, end - 7) == b"the end"'
 rss=$(awk '/VmHWM/ {print $2}' "/proc/$SERVER/status")
-compact
+compact_kindly
 nbdsh_do "$URI" '
 for n in range(1, 2000, 2): assert h.pread(512, n * (4 << 30)) == n.to_bytes(8, "big") * 64, n
 for n in range(0, 2000, 2): assert h.pread(512, n * (4 << 30)) == bytes(512), n'

@@ -15,23 +15,14 @@ for bits in "$@"; do
         create -o cluster_size=$cluster,refcount_bits=$width "$image" 12M
         rm -f "$W/model"
         start_server --reclaim "$image"
-        guest --model "$W/model" --requests 150 --largest 131072 >"$W/guest.log" 2>&1 || fail "$at: $(cat "$W/guest.log")"
-        guest_beside --model "$W/model" --largest 131072
-        compact
-        guest_end >/dev/null
-        compact
+        busy "$at" 150 --largest 131072
         stop_server
         judge "$image" "$W/model"
         # Blocks are linked ahead for 4 MiB: with clusters of 512 bytes and wide refcounts these are many.
         [ $(($(length "$image") * 100)) -le $((($(converted_length "$image") + 196608) * 102)) ] || fail "$at: $(length "$image") bytes are left"
         [ "$(qemu-img info --output=json "$image" | jq '."format-specific".data."refcount-bits"')" = $width ] || fail "$at: the width changed"
         qemu-io -f qcow2 -c 'write -P 77 1234944 100352' -c 'discard 4M 2M' -c 'write -P 3 8M 1M' "$image" >/dev/null
-        judge "$image"
-        qemu-img convert -f qcow2 -O raw "$image" "$W/model"
-        start_server "$image"
-        guest --model "$W/model" --requests 40 --largest 131072 >"$W/guest.log" 2>&1 || fail "$at: after QEMU: $(cat "$W/guest.log")"
-        stop_server
-        judge "$image" "$W/model"
+        again "$image" "$at" 40 --largest 131072
         rm "$image"
         cases=$((cases + 1))
     done

@@ -5,9 +5,9 @@
 # Usage: serve-modes.sh plain|reclaim|connections|one-thread|log|stats. A server started in this way holds what a random
 # guest wrote, with `qlean compact` running beside the guest.
 . "$(dirname "$0")/../lib.sh"
-arguments=() connections=1 filter=()
+arguments=() connections=1 filter=() size=192M go=compact
 case ${1:?a mode} in
-plain) ;;
+plain) size=64M go=compact_kindly ;; # as users do it
 reclaim) filter=(--reclaim) ;;
 connections) filter=(--reclaim) connections=4 ;;
 one-thread) filter=(--reclaim) arguments=(-t 1) connections=2 ;;
@@ -16,15 +16,15 @@ stats) filter=(--reclaim) arguments=(--filter=stats statsfile="$W/stats.txt") co
 *) fail "no mode $1" ;;
 esac
 
-create "$W/disk.qcow2" 192M
+create "$W/disk.qcow2" $size
 start_server "${filter[@]}" "$W/disk.qcow2" "${arguments[@]}"
 guest --model "$W/model" --seconds 3 --connections $connections
 guest_beside --model "$W/model" --connections $connections
 sleep 0.5
-compact
-compact
+$go
+$go
 guest_end
-compact
+$go
 stop_server
 judge "$W/disk.qcow2" "$W/model"
 lean "$W/disk.qcow2" 102

@@ -18,7 +18,7 @@ time.sleep(60)"
 eventually 10 test -e "$W/idle" || fail "the client did not start"
 printf 'acknowledged%.0s' $(seq 1000) | dd of="$W/model" bs=1 seek=123 conv=notrunc status=none
 kill -ABRT "$SERVER"
-timeout 10 tail --pid="$SERVER" -f /dev/null || fail "the server still runs 10 s after SIGABRT"
+gone "$SERVER" || fail "the server still runs 10 s after SIGABRT"
 rc=0
 wait "$SERVER" || rc=$?
 [ $rc = 134 ] || fail "the server ended with status $rc after SIGABRT"

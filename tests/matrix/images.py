@@ -34,7 +34,7 @@ class Recipe:
     refcount_bits: int = 16
     compression: str = ""       # "", "zlib", "zstd": part of the clusters are compressed
     extended_l2: bool = False
-    backing: str = ""           # "", raw, qcow2, deep, short, json
+    backing: str = ""           # "", raw, qcow2, deep, short, json, compressed, snapshots
     data_file: str = ""         # "", "on", "raw"
     snapshots: int = 0
     bitmaps: int = 0            # the first is enabled, the second is not
@@ -49,6 +49,10 @@ class Recipe:
                    if getattr(self, f.name) != getattr(default, f.name)]
         return " ".join(changed) or "plain"
 
+    def values(self):
+        """Its options, each with its value."""
+        return set(dataclasses.asdict(self).items())
+
     def possible(self):
         """Whether QEMU can make it."""
         v3 = (self.refcount_bits != 16 or self.extended_l2 or self.data_file or self.bitmaps or self.lazy
@@ -62,7 +66,7 @@ class Recipe:
             self.preallocation != "off" and (self.backing or self.data_file == "raw"),
             self.preallocation in ("falloc", "full") and self.data_file,
             self.compression and (self.luks or self.preallocation != "off"),
-            self.refcount_bits == 1 and self.snapshots,
+            self.snapshots + 1 >= 1 << self.refcount_bits,
             self.writer == "qemu-img" and (self.backing or self.preallocation != "off"),
             self.luks and self.cluster < 4 * KIB,
         ))
@@ -167,11 +171,17 @@ class Image:
         raw = self.pattern("base.raw", size)
         if kind in ("raw", "short"):
             return ["-b", "base.raw", "-F", "raw"]
-        run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, self.file("base.qcow2"))
+        compress = ["-c"] if kind == "compressed" else []
+        run("qemu-img", "convert", *compress, "-f", "raw", "-O", "qcow2", raw, self.file("base.qcow2"))
+        if kind == "snapshots":  # what the disk has now is what counts
+            for name in ("one", "two"):
+                run("qemu-img", "snapshot", "-c", name, self.file("base.qcow2"))
+                run("qemu-io", "-f", "qcow2", "-c", f"write -P 99 {size // 5 & ~511} 300k", "-c", "discard 128k 64k",
+                    self.file("base.qcow2"))
         if kind == "json":
             name = {"driver": "qcow2", "file": {"driver": "file", "filename": self.file("base.qcow2")}}
             return ["-b", "json:" + json.dumps(name), "-F", "qcow2"]
-        if kind == "qcow2":
+        if kind != "deep":
             return ["-b", "base.qcow2", "-F", "qcow2"]
         run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", self.file("middle.qcow2"))
         run("qemu-io", "-f", "qcow2", "-c", f"write -P 77 {self.size // 3 & ~511} 200k", "-c", "write -z 0 64k",
@@ -236,7 +246,7 @@ def recipes(full):
     """Every option by itself with every kind of cluster size, then pairs of options."""
     clusters = (512, 4 * KIB, 64 * KIB, 2 * MIB)
     single = ([{}] + [{"refcount_bits": b} for b in (1, 2, 4, 8, 32, 64)] + [{"compression": c} for c in ("zlib", "zstd")]
-              + [{"extended_l2": True}] + [{"backing": b} for b in ("raw", "qcow2", "deep", "short", "json")]
+              + [{"extended_l2": True}] + [{"backing": b} for b in ("raw", "qcow2", "deep", "short", "json", "compressed", "snapshots")]
               + [{"data_file": d} for d in ("on", "raw")] + [{"snapshots": n} for n in (1, 3)]
               + [{"bitmaps": n} for n in (1, 2)] + [{"luks": True}, {"lazy": True}, {"version": 2}]
               + [{"preallocation": p} for p in ("metadata", "falloc", "full")] + [{"writer": "qemu-img"}])

@@ -173,6 +173,18 @@ def play(recipe, options):
             shutil.rmtree(directory)
 
 
+def some(recipes, options):
+    """A random share of them, in which every value of every option is."""
+    rng = random.Random(options.seed)
+    chosen = [r for r in recipes if rng.random() < options.share]
+    missing = set().union(*(r.values() for r in recipes)).difference(*(r.values() for r in chosen))
+    for recipe in rng.sample(recipes, len(recipes)):
+        if recipe.values() & missing:
+            chosen.append(recipe)
+            missing -= recipe.values()
+    return chosen
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     build = os.environ.get("QLEAN_BUILD", "build")
@@ -188,9 +200,7 @@ def main():
     options = parser.parse_args()
     options.seed = options.seed if options.seed is not None else random.SystemRandom().randrange(1 << 32)
     options.directory = tempfile.mkdtemp(prefix="qlean-matrix.")
-    chosen = [r for r in images.recipes(options.full) if options.only in str(r)]
-    rng = random.Random(options.seed)
-    chosen = [r for r in chosen if rng.random() < options.share]
+    chosen = some([r for r in images.recipes(options.full) if options.only in str(r)], options)
     states, failures = 0, []
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         for recipe, future in [(r, pool.submit(play, r, options)) for r in chosen]:
