@@ -372,7 +372,7 @@ void Compact::commit(const StopCheck &stop) {
     }
     if (lacks_copied_flags) {
         state_.write_back.commit(WriteBack::Give::back);
-        set_copied_flags(state_);
+        set_copied_flags(state_, stop);
     }
     // One thing makes room for the next: what is dropped for what moves, what moved for the cut, the cut for what is
     // dropped then.

@@ -30,7 +30,7 @@ std::vector<Maintenance::Planned> SnapshotDelete::plan(GuestOffset at, std::uint
     return {{at, length, !deleted_}};
 }
 
-void SnapshotDelete::run(GuestOffset, std::uint64_t, const StopCheck &) {
+void SnapshotDelete::run(GuestOffset, std::uint64_t, const StopCheck &stop) {
     const std::lock_guard guard(mutex_);
     if (deleted_)
         return;
@@ -54,8 +54,9 @@ void SnapshotDelete::run(GuestOffset, std::uint64_t, const StopCheck &) {
         throw;
     }
     deleted_ = true;
-    retire_references();
-    set_copied_flags(state_);
+    // The snapshot is gone. If this stops early, what is left to do is what a crash leaves: leaks, and flags that lack.
+    retire_references(stop);
+    set_copied_flags(state_, stop);
     if (state_.snapshots.list().empty())
         state_.snapshots.none_left();
 }
@@ -108,7 +109,7 @@ void SnapshotDelete::remove_from_table() {
 
 /// Nobody changes a table that the snapshot has: the active image copies one that is shared before it does. So all of
 /// them can be read at leisure, each before its own reference goes.
-void SnapshotDelete::retire_references() {
+void SnapshotDelete::retire_references(const StopCheck &stop) {
     const Geometry &g = state_.geometry;
     std::vector<HostRun> runs;
     const auto retire = [&] {
@@ -120,6 +121,7 @@ void SnapshotDelete::retire_references() {
         const HostOffset table = snapshot_->table(i);
         if (table.value == 0)
             continue;
+        require_going(stop);
         const std::uint64_t first = i * g.l2_entries(), end = first + g.l2_entries();
         for (std::uint64_t at = first; at < end; at += mappings.size()) {
             mappings.resize(std::min(batch, end - at));
@@ -136,7 +138,7 @@ void SnapshotDelete::retire_references() {
     retire();
 }
 
-void set_copied_flags(State &state) {
+void set_copied_flags(State &state, const StopCheck &stop) {
     const Geometry &g = state.geometry;
     std::vector<Mapping> mappings;
     std::vector<std::pair<GuestCluster, HostCluster>> candidates, ours;
@@ -144,6 +146,7 @@ void set_copied_flags(State &state) {
         const std::uint64_t word = state.l1.word(i);
         if (word == 0)
             continue;
+        require_going(stop);
         candidates.clear();
         const std::uint64_t first = i * g.l2_entries();
         const std::uint64_t end = std::min(first + g.l2_entries(), g.guest_clusters());
