@@ -47,7 +47,7 @@ class Counter : public ReferenceVisitor {
     explicit Counter(State &state) : state_(state) {}
 
     void metadata(Kind kind, HostRun run) override {
-        if (kind != Kind::shared_l2_table || first_time(run.first))
+        if (kind != Kind::shared_l2_table || set(seen_, run.first))
             survey.metadata += run.count;
     }
     void entry(GuestCluster, const Mapping &m) override {
@@ -64,7 +64,7 @@ class Counter : public ReferenceVisitor {
         }
         if (!m.has_host())
             return;
-        if (m.copied || !state_.snapshots.any() || first_time(m.host))
+        if (m.copied || !state_.snapshots.any() || set(seen_, m.host))
             ++survey.data;
         if (any_ && m.host != expected_)
             ++survey.fragmented;
@@ -72,7 +72,7 @@ class Counter : public ReferenceVisitor {
         expected_ = m.host + 1;
     }
     void snapshot_entry(const Snapshot &, GuestCluster, const Mapping &m) override {
-        if (m.has_host() && first_time(m.host))
+        if (m.has_host() && set(seen_, m.host))
             ++survey.data;
     }
     void table_done(std::uint64_t i, bool empty) override {
@@ -94,18 +94,9 @@ class Counter : public ReferenceVisitor {
     }
 
   private:
-    /// For what is referred to more than once.
-    bool first_time(HostCluster c) {
-        if (seen_.size() <= c.value)
-            seen_.resize(std::max<std::uint64_t>(c.value + 1, seen_.size() * 2));
-        const bool first = !seen_[c.value];
-        seen_[c.value] = true;
-        return first;
-    }
-
     State &state_;
     std::vector<HostRun> references_;
-    std::vector<bool> seen_; ///< of what may be shared
+    std::vector<bool> seen_; ///< by host cluster: of what may be shared
     HostCluster expected_{0};
     bool any_ = false;
 };
@@ -228,7 +219,7 @@ Survey verify_image(State &state, const Allocator::Watch &watch, const StopCheck
     const auto is_changed = [&](std::uint64_t c) { return c < changed.size() && changed[c]; };
     const auto &name = state.file.name();
     const auto refuse = [&](const std::string &what) {
-        throw_bad_image("'{}' is damaged, so nothing of it is moved: {}; stop the server and repair it with "
+        throw_bad_image("'{}' is damaged, so nothing of it is moved or freed: {}; stop the server and repair it with "
                         "'qemu-img check -r all'",
                         name, what);
     };
@@ -263,6 +254,9 @@ Survey verify_image(State &state, const Allocator::Watch &watch, const StopCheck
     }
     for (std::uint64_t c = 0; c < audit.unflagged.size() && !survey.lacks_copied_flags; ++c)
         survey.lacks_copied_flags = audit.unflagged[c] && references.of(c) == 1;
+    for (std::uint64_t i = 0; i < state.l1.size() && !survey.lacks_copied_flags; ++i)
+        if (const std::uint64_t word = state.l1.word(i); word != 0 && (word & entry::copied) == 0)
+            survey.lacks_copied_flags = references.of(state.geometry.cluster_of(entry::table(word)).value) == 1;
     return survey;
 }
 

@@ -30,7 +30,8 @@ struct Survey {
     std::vector<HostRun> surplus;
     std::optional<Packs> how_packed; ///< set where there are compressed clusters
     std::vector<HostRun> pinned; ///< a refcount, and no referrer that is known; stays where it is
-    /// Entries of the active image lack COPIED though nobody else refers to what they do: what a crash leaves.
+    /// Entries of the active image, in L1 or L2, lack COPIED though nobody else refers to what they do: what a crash
+    /// leaves.
     bool lacks_copied_flags = false;
 };
 
