@@ -44,6 +44,13 @@ struct HostRun {
     friend bool operator==(HostRun, HostRun) = default;
 };
 
+/// Part of it lies at or beyond `end`.
+inline bool beyond(HostRun run, HostCluster end) { return run.count > 0 && run.end() > end; }
+/// How many of its clusters do.
+inline std::uint64_t clusters_beyond(HostRun run, HostCluster end) {
+    return run.end() - std::min(run.end(), std::max(run.first, end));
+}
+
 /// Appends `run`, joining it to the last run where they touch.
 inline void append_run(std::vector<HostRun> &runs, HostRun run) {
     if (!runs.empty() && runs.back().end() == run.first)

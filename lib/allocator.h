@@ -85,7 +85,7 @@ class Allocator {
     void embargo(HostRun run);
 
     /// More references to each cluster of `run`, which stay in use until as many are retired. To be followed by touch()
-    /// when what refers is stored.
+    /// when what refers is stored, unless the clusters are still reserved then.
     void add_references(HostRun run, std::uint64_t times = 1);
     /// What a walk beside this found out about `runs` may be out of date.
     void touch(const std::vector<HostRun> &runs);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "byte_order.h"
+#include "byte_order.h"
 #include "file.h"
 #include "header.h"
 

@@ -10,6 +10,7 @@
 //
 // The parts of the image know the size by value, so they are made anew, in the same place: whoever holds a reference to
 // the State goes on with it. What they are made from is taken from the old ones, so that no I/O can fail on the way.
+#include "adjacent.h"
 #include "byte_order.h"
 #include "error.h"
 #include "image.h"
@@ -23,30 +24,29 @@ namespace {
 
 constexpr std::uint64_t max_virtual_size = std::uint64_t{1} << 62;
 constexpr std::uint64_t unit = 512;
-constexpr int max_commits_for_space = 4;
 
 [[noreturn]] void refuse(const State &state, const std::string &why) {
     throw Error(Error::Kind::denied, EPERM, fmt::format("'{}' is not resized: {}", state.file.name(), why));
 }
 
-/// `count` adjacent clusters, at the end of the file if nowhere else. As leader.
-Allocator::Reservation reserve_adjacent(State &state, std::uint64_t count) {
-    for (int commits = 0; commits < max_commits_for_space; ++commits) {
-        auto reserved = state.allocator.reserve_contiguous(count);
-        if (!reserved.empty())
-            return reserved;
-        // Not covered by refcount blocks that far.
-        std::vector<std::uint64_t> missing;
-        const std::uint64_t last =
-            state.write_back.last_region_wanted(state.allocator.end() + count, state.refcounts.table_clusters());
-        for (std::uint64_t r = state.allocator.end() / state.refcounts.region_clusters(); r <= last; ++r)
-            if (!state.refcounts.linked(r))
-                missing.push_back(r);
-        if (!missing.empty())
-            state.write_back.link_regions(missing);
-        state.write_back.commit_as_leader(WriteBack::Give::back);
-    }
-    throw Error(Error::Kind::no_space, ENOSPC, fmt::format("'{}' cannot grow any further", state.file.name()));
+void require_possible(const State &state, std::uint64_t size) {
+    const Header header = state.header.header();
+    const std::uint64_t now = state.geometry.virtual_size();
+    if (size < now)
+        refuse(state, fmt::format("its disk has {} bytes, and making it smaller would cut off what is in use; shrink "
+                                  "the file system and make a smaller copy instead",
+                                  now));
+    if (size % unit != 0)
+        refuse(state, fmt::format("{} bytes is not a multiple of {}", size, unit));
+    Header wanted = header;
+    wanted.virtual_size = size;
+    if (size > max_virtual_size || wanted.geometry().l1_entries() * 8 > Header::max_l1_bytes)
+        refuse(state,
+               fmt::format("a disk of {} bytes needs an L1 table of more than 32 MiB; use larger clusters", size));
+    if (header.version < 3 && header.snapshot_count != 0)
+        refuse(state, "an image of version 2 does not remember what size its snapshots have; delete them first");
+    if (state.bitmaps)
+        state.bitmaps->require_resizable(wanted.geometry());
 }
 
 /// The L1 table in the file gets a new home with room for `entries`; nothing of it is dirty. As leader; durable when it
@@ -132,31 +132,10 @@ void Image::make_anew(std::uint64_t size, bool committed) {
     hook_up();
 }
 
-void Image::require_resizable(std::uint64_t size) const {
-    const State &state = state_;
-    if (state.read_only)
-        refuse(state, "it is served read-only");
-    const Header header = state.header.header();
-    const std::uint64_t now = state.geometry.virtual_size();
-    if (size < now)
-        refuse(state, fmt::format("its disk has {} bytes, and making it smaller would cut off what is in use; shrink "
-                                  "the file system and make a smaller copy instead",
-                                  now));
-    if (size % unit != 0)
-        refuse(state, fmt::format("{} bytes is not a multiple of {}", size, unit));
-    Header wanted = header;
-    wanted.virtual_size = size;
-    if (size > max_virtual_size || wanted.geometry().l1_entries() * 8 > Header::max_l1_bytes)
-        refuse(state,
-               fmt::format("a disk of {} bytes needs an L1 table of more than 32 MiB; use larger clusters", size));
-    if (header.version < 3 && header.snapshot_count != 0)
-        refuse(state, "an image of version 2 does not remember what size its snapshots have; delete them first");
-    if (state.bitmaps)
-        state.bitmaps->require_resizable(wanted.geometry());
-}
-
 void Image::resize(std::uint64_t size) {
-    require_resizable(size);
+    if (state_.read_only)
+        refuse(state_, "it is served read-only");
+    require_possible(state_, size);
     const std::uint64_t old_size = state_.geometry.virtual_size();
     if (size == old_size)
         return;

@@ -30,12 +30,6 @@ void PendingWords::read(HostOffset at, std::span<std::uint64_t> out) {
         out[i] = word;
 }
 
-void PendingWords::forget(HostOffset at, std::uint64_t length) {
-    const std::lock_guard guard(mutex_);
-    words_.erase(words_.lower_bound(at), words_.lower_bound(at + length));
-    count_.store(words_.size(), std::memory_order_release);
-}
-
 bool PendingWords::any_in(HostOffset at, std::uint64_t length) const {
     if (!any())
         return false;

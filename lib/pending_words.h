@@ -29,8 +29,6 @@ class PendingWords {
     void store(HostOffset at, std::uint64_t word);
     /// The words (host order) from `at` on, as they are now.
     void read(HostOffset at, std::span<std::uint64_t> out);
-    /// Forgets the words in [at, at + length): they are somebody else's bytes from here on. Called by the leader.
-    void forget(HostOffset at, std::uint64_t length);
 
     bool any_in(HostOffset at, std::uint64_t length) const;
     bool any() const { return count_.load(std::memory_order_acquire) != 0; }

@@ -72,8 +72,7 @@ void walk_snapshots(State &state, const StopCheck &stop, ReferenceVisitor &visit
         fixed.push_back({Kind::snapshot_table, state.snapshots.table_run()});
         for (const auto &snapshot : snapshots)
             if (snapshot->l1_size() > 0)
-                fixed.push_back({Kind::snapshot_l1_table,
-                                 {g.cluster_of(snapshot->l1_home()), g.clusters_for(snapshot->l1_size() * 8)}});
+                fixed.push_back({Kind::snapshot_l1_table, snapshot->l1_run(g)});
     });
     for (const auto &[kind, run] : fixed)
         visitor.metadata(kind, run);

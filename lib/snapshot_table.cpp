@@ -85,11 +85,14 @@ SnapshotTable SnapshotTable::decode(std::span<const std::byte> bytes, std::uint3
     return table;
 }
 
-std::uint64_t SnapshotTable::position(std::size_t i) const {
+std::vector<std::uint64_t> SnapshotTable::positions() const {
+    std::vector<std::uint64_t> all;
     std::uint64_t at = 0;
-    for (std::size_t n = 0; n < i; ++n)
-        at = round_up(at + encoded_length(entries[n]), entry_alignment);
-    return at;
+    for (const SnapshotEntry &e : entries) {
+        all.push_back(at);
+        at = round_up(at + encoded_length(e), entry_alignment);
+    }
+    return all;
 }
 
 std::vector<std::byte> SnapshotTable::encode() const {
@@ -117,16 +120,6 @@ std::vector<std::byte> SnapshotTable::encode() const {
         put(e.name.data(), e.name.size());
     }
     return bytes;
-}
-
-std::size_t SnapshotTable::find(const std::string &name_or_id) const {
-    for (std::size_t i = 0; i < entries.size(); ++i)
-        if (entries[i].name == name_or_id)
-            return i;
-    for (std::size_t i = 0; i < entries.size(); ++i)
-        if (entries[i].id == name_or_id)
-            return i;
-    return entries.size();
 }
 
 } // namespace qlean

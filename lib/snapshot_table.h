@@ -49,11 +49,8 @@ struct SnapshotTable {
     static SnapshotTable decode(std::span<const std::byte> bytes, std::uint32_t count, const Geometry &geometry,
                                 const std::string &file, std::uint64_t *length);
     std::vector<std::byte> encode() const;
-    /// Where entry `i` begins in what encode() gives; its first word is the address of its L1 table.
-    std::uint64_t position(std::size_t i) const;
-
-    /// The entry of that name, else of that id; entries.size() if there is none.
-    std::size_t find(const std::string &name_or_id) const;
+    /// Where each entry begins in what encode() gives; its first word is the address of its L1 table.
+    std::vector<std::uint64_t> positions() const;
 };
 
 } // namespace qlean

@@ -132,8 +132,7 @@ std::vector<HostRun> Snapshots::metadata_runs() const {
         runs.push_back(table);
     for (const SnapshotPointer &snapshot : list()) {
         if (snapshot->l1_size() != 0)
-            runs.push_back(
-                {geometry_.cluster_of(snapshot->l1_home()), geometry_.clusters_for(snapshot->l1_size() * 8)});
+            runs.push_back(snapshot->l1_run(geometry_));
         for (std::uint64_t i = 0; i < snapshot->l1_size(); ++i)
             if (const HostOffset table = snapshot->table(i); table.value != 0)
                 runs.push_back({geometry_.cluster_of(table), 1});

@@ -13,7 +13,8 @@
 // L2 tables of snapshots are not cached. Words of theirs that changed and are not in the file yet are in `pending`,
 // also where the table is the active image's too.
 //
-// lock(), shared: no snapshot appears or goes. It comes before leadership, and so before everything else.
+// lock(), shared: no snapshot appears or goes, and no table that one has moves. It comes before leadership, and so before
+// everything else.
 #pragma once
 
 #include "header.h"
@@ -45,6 +46,10 @@ class Snapshot {
     void set_word(std::uint64_t i, std::uint64_t word) { l1_[i].store(word, std::memory_order_release); }
     HostOffset l1_home() const { return l1_home_.load(std::memory_order_acquire); }
     void set_l1_home(HostOffset home) { l1_home_.store(home, std::memory_order_release); }
+    /// The clusters of the L1 table; none if it has no entries.
+    HostRun l1_run(const Geometry &geometry) const {
+        return {geometry.cluster_of(l1_home()), geometry.clusters_for(l1_size_ * 8)};
+    }
 
   private:
     SnapshotEntry entry_; // but for where its L1 table is, as it was read
@@ -102,10 +107,11 @@ class Snapshots {
         Snapshots *owner_;
         SnapshotPointer snapshot_;
     };
+    /// By name, or else by id.
     std::optional<Use> use(const std::string &name_or_id);
     SnapshotPointer find(const std::string &name_or_id) const;
 
-    // For whoever deletes, with lock() held exclusively.
+    // For whoever deletes, as the owner of all moves; what follows these two with lock() held exclusively.
     /// False if it is in use; true: nobody can begin to use it.
     bool close_for_use(const SnapshotPointer &snapshot);
     void reopen_for_use(const SnapshotPointer &snapshot);

@@ -2,52 +2,16 @@
 // Copyright (c) 2026, the qlean authors
 #include "bitmap_moves.h"
 
+#include "whole_moves.h"
+
 namespace qlean {
 
 namespace {
 
-/// One thing that moves: its clusters, adjacent in both places, and who is told.
-struct Move {
-    HostRun from;
-    Allocator::Reservation to;
-    std::size_t bitmap;
-    std::uint64_t word; ///< of its table, for stored bits
-};
-
-HostCluster destination(const Move &move) { return move.to.extents().front().run.first; }
-
-void copy(State &state, const HostRun &from, HostCluster to) {
-    std::vector<std::byte> bytes(state.geometry.cluster_size());
-    for (std::uint64_t i = 0; i < from.count; ++i) {
-        state.file.read(bytes, state.geometry.offset_of(from.first + i));
-        state.file.write(bytes, state.geometry.offset_of(to + i));
-    }
-}
-
-template <class SwitchOver>
-void carry_out(State &state, std::vector<Move> &moves, SwitchOver &&switch_over) {
-    if (moves.empty())
-        return;
-    state.write_back.write_refcounts_as_leader();
-    for (const Move &move : moves)
-        copy(state, move.from, destination(move));
-    state.write_back.sync_as_leader();
-    std::vector<HostRun> old;
-    std::vector<HostCluster> to;
-    for (Move &move : moves) {
-        to.push_back(destination(move));
-        old.push_back(move.from);
-        move.to.publish();
-    }
-    state.write_back.switch_as_leader([&] { switch_over(to); });
-    state.allocator.retire(old);
-}
-
-bool beyond(const HostRun &run, HostCluster end) { return run.end() > end; }
-
 void move_stored(State &state, HostCluster end, std::uint64_t most) {
     Bitmaps &bitmaps = *state.bitmaps;
-    std::vector<Move> moves;
+    std::vector<WholeMove> moves;
+    std::vector<std::pair<std::size_t, std::uint64_t>> places; // of each: the bitmap, and the word of its table
     for (std::size_t i = 0; i < bitmaps.size(); ++i) {
         const auto table = bitmaps.read_table(bitmaps.entry(i));
         for (std::uint64_t w = 0; w < table.size() && moves.size() < most; ++w) {
@@ -57,33 +21,37 @@ void move_stored(State &state, HostCluster end, std::uint64_t most) {
             auto room = state.allocator.reserve_below(1, end);
             if (room.empty())
                 break;
-            moves.push_back({{word.host, 1}, std::move(room), i, w});
+            moves.push_back({{word.host, 1}, std::move(room)});
+            places.emplace_back(i, w);
         }
     }
     carry_out(state, moves, [&](const std::vector<HostCluster> &to) {
         std::vector<std::pair<std::uint64_t, HostCluster>> words;
         for (std::size_t n = 0; n < moves.size(); ++n) {
-            words.emplace_back(moves[n].word, to[n]);
-            if (n + 1 == moves.size() || moves[n + 1].bitmap != moves[n].bitmap)
-                bitmaps.switch_stored(moves[n].bitmap, std::exchange(words, {}));
+            words.emplace_back(places[n].second, to[n]);
+            if (n + 1 == moves.size() || places[n + 1].first != places[n].first)
+                bitmaps.switch_stored(places[n].first, std::exchange(words, {}));
         }
     });
 }
 
 void move_tables(State &state, HostCluster end) {
     Bitmaps &bitmaps = *state.bitmaps;
-    std::vector<Move> moves;
+    std::vector<WholeMove> moves;
+    std::vector<std::size_t> moving; // the bitmap of each
     for (std::size_t i = 0; i < bitmaps.size(); ++i) {
         const HostRun run = bitmaps.table_run(bitmaps.entry(i));
         if (!beyond(run, end))
             continue;
         auto room = state.allocator.reserve_contiguous_below(run.count, end);
-        if (!room.empty())
-            moves.push_back({run, std::move(room), i, 0});
+        if (room.empty())
+            continue;
+        moves.push_back({run, std::move(room)});
+        moving.push_back(i);
     }
     carry_out(state, moves, [&](const std::vector<HostCluster> &to) {
         for (std::size_t n = 0; n < moves.size(); ++n)
-            bitmaps.switch_table(moves[n].bitmap, state.geometry.offset_of(to[n]));
+            bitmaps.switch_table(moving[n], state.geometry.offset_of(to[n]));
     });
 }
 
@@ -94,8 +62,8 @@ void move_directory(State &state, HostCluster end) {
     auto room = state.allocator.reserve_contiguous_below(run.count, end);
     if (room.empty())
         return;
-    std::vector<Move> moves;
-    moves.push_back({run, std::move(room), 0, 0});
+    std::vector<WholeMove> moves;
+    moves.push_back({run, std::move(room)});
     carry_out(state, moves, [&](const std::vector<HostCluster> &to) {
         state.bitmaps->switch_directory(state.geometry.offset_of(to.front()));
     });
@@ -109,7 +77,7 @@ std::uint64_t bitmap_clusters_beyond(State &state, HostCluster end) {
         return n;
     state.write_back.lead([&] {
         for (const HostRun &run : state.bitmaps->runs())
-            n += run.end().value - std::min(run.end(), std::max(run.first, end)).value;
+            n += clusters_beyond(run, end);
     });
     return n;
 }

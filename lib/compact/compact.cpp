@@ -2,12 +2,8 @@
 // Copyright (c) 2026, the qlean authors
 #include "compact.h"
 
-#include "bitmap_moves.h"
 #include "metadata_moves.h"
 #include "relocator.h"
-#include "snapshot_delete.h"
-
-#include <shared_mutex>
 
 namespace qlean {
 
@@ -17,11 +13,7 @@ constexpr std::uint64_t batch = 4096;
 /// Work between commits: bounds the space used on the way and how long a guest's flush can take.
 constexpr std::uint64_t max_moved_bytes = 32 * 1024 * 1024;
 constexpr std::uint64_t min_moved_bytes = 1024 * 1024;
-constexpr std::uint64_t step_bytes = 32 * 1024 * 1024;
 constexpr std::uint64_t file_share = 128;
-constexpr int max_rounds = 8;
-/// What is remembered of a walk over snapshots.
-constexpr std::size_t max_snapshot_work = 65536;
 
 } // namespace
 
@@ -59,6 +51,8 @@ void Compact::prepare(const StopCheck &stop) {
     if (has_packs_)
         measure_packs(*survey.how_packed);
     measure();
+    if (state_.snapshots.any())
+        look_at_snapshots(stop);
     // A free tail, such as a killed server leaves, is worth a FLUSH even if nothing moves; so are counts that are too high
     // and flags that are missing.
     if (!surplus_.empty() || lacks_copied_flags_ || state_.allocator.highest_in_use({0}).value < state_.allocator.end())
@@ -95,41 +89,9 @@ void Compact::measure() {
     const std::uint64_t live = has_packs_ ? live_goal_ + taken_out_of_live() : state_.allocator.counts().live();
     layout_ = Layout::measure(state_, live, cluster_count(leaked_), empty_tables_.size());
     if (state_.snapshots.any())
-        look_at_snapshots();
+        layout_.pending += snapshot_work_.pending;
     gauges_.ideal_end = static_cast<std::int64_t>(state_.geometry.bytes(layout_.end.value));
     gauges_.pending = static_cast<std::int64_t>(layout_.pending);
-}
-
-/// With mutex_ held. Every FLUSH measures, and snapshots may have many tables: walking them takes at most a tenth of
-/// the time, but what is said to be nothing is nothing.
-void Compact::look_at_snapshots() {
-    using Clock = std::chrono::steady_clock;
-    const std::shared_lock guard(state_.snapshots.lock());
-    const auto began = Clock::now();
-    if (snapshot_work_.pending == 0 || (snapshot_work_.clusters.empty() && snapshot_work_.tables.empty()) ||
-        began - snapshots_walked_ >= snapshot_walk_took_ * 10) {
-        snapshot_work_ = find_snapshot_work(state_, layout_.end, max_snapshot_work, never);
-        snapshots_walked_ = Clock::now();
-        snapshot_walk_took_ = snapshots_walked_ - began;
-    }
-    layout_.pending += snapshot_work_.pending;
-}
-
-/// A step of it. With mutex_ held.
-SnapshotWork Compact::take_snapshot_work() {
-    SnapshotWork work;
-    auto &clusters = snapshot_work_.clusters;
-    const auto most = static_cast<std::ptrdiff_t>(std::min<std::uint64_t>(
-        std::max<std::uint64_t>(most_uncommitted() / state_.geometry.cluster_size(), 1), clusters.size()));
-    work.clusters.assign(clusters.end() - most, clusters.end());
-    clusters.erase(clusters.end() - most, clusters.end());
-    work.tables = std::exchange(snapshot_work_.tables, {});
-    return work;
-}
-
-/// A walk that reads snapshots' tables from the file would not find them where it saw them.
-std::unique_lock<RwLock> Compact::keep_walks_out() {
-    return state_.snapshots.any() ? std::unique_lock(state_.snapshots.lock()) : std::unique_lock<RwLock>();
 }
 
 /// Bytes that may be moved and still occupy their source.
@@ -274,21 +236,6 @@ void Compact::has_returned(std::uint64_t bytes) {
     unreturned_ -= bytes;
 }
 
-/// A move may need space on the host before it gives any back: on a full disk, what was moved so far gives it.
-Moved Compact::relocate_on_full_disk(GuestCluster c, HostCluster source, const Allocator::Extent &destination,
-                                     bool *used) {
-    try {
-        return relocate(state_, c, source, destination, used);
-    } catch (const Error &error) {
-        if (error.kind() != Error::Kind::no_space)
-            throw;
-    }
-    image_.give_back();
-    auto written_to = destination;
-    written_to.zero = false; // the attempt that failed may have left something
-    return relocate(state_, c, source, written_to, used);
-}
-
 void Compact::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) {
     const Geometry &g = state_.geometry;
     state_.write_back.before_change();
@@ -326,145 +273,24 @@ void Compact::move_plain(const Work &work, const Wanted &want, const StopCheck &
         if (room.empty())
             break;
         require_going(stop);
-        bool used = false;
-        auto destination = room.extents().front();
-        destination.run.count = 1;
         wait_for_room(g.cluster_size());
-        bool moved = false;
+        std::optional<Allocator::Extent> destination;
         try {
-            moved = relocate_on_full_disk(cluster, source, destination, &used) == Moved::yes && used;
+            destination = relocate_into(state_, cluster, source, room, [&] { image_.give_back(); });
         } catch (...) {
             unreturned_ -= g.cluster_size();
             throw;
         }
-        if (!moved) {
+        if (!destination) {
             unreturned_ -= g.cluster_size();
             continue;
         }
         moved_ += g.cluster_size();
-        room.take_first();
-        append_run(written, destination.run);
+        append_run(written, destination->run);
         gauges_.moved_bytes += g.cluster_size();
     }
     for (const HostRun &run : written)
         state_.data.start_writing_out(g.offset_of(run.first), g.bytes(run.count));
-}
-
-// --- committing ---------------------------------------------------------------------------------------------------
-
-void Compact::cut(const StopCheck &stop) {
-    while (state_.allocator.truncate_step(step_bytes, HostCluster{0}))
-        require_going(stop);
-}
-
-void Compact::commit(const StopCheck &stop) {
-    state_.write_back.before_change();
-    ownership_.claim(name_, connection_);
-    prepare(stop);
-    const std::lock_guard commit_guard(commit_mutex_);
-    const std::uint64_t returned = moved_;
-    const std::uint64_t end_before = state_.allocator.end();
-    bool lacks_copied_flags = false;
-    {
-        const std::lock_guard guard(mutex_);
-        retire_leaked();
-        lacks_copied_flags = std::exchange(lacks_copied_flags_, false);
-    }
-    if (lacks_copied_flags) {
-        state_.write_back.commit(WriteBack::Give::back);
-        set_copied_flags(state_, stop);
-    }
-    // One thing makes room for the next: what is dropped for what moves, what moved for the cut, the cut for what is
-    // dropped then.
-    for (int round = 0; round < max_rounds; ++round) {
-        Layout before;
-        {
-            const std::lock_guard guard(mutex_);
-            before = layout_;
-        }
-        const std::uint64_t end = state_.allocator.end();
-        settle_metadata(before, stop);
-        const std::lock_guard guard(mutex_);
-        measure();
-        if (layout_.pending == 0 || (layout_.pending >= before.pending && state_.allocator.end() >= end && round > 0))
-            break;
-    }
-    {
-        const std::lock_guard guard(mutex_);
-        packs_changed_ = true;
-    }
-    while (state_.allocator.punch_step(step_bytes))
-        require_going(stop);
-    gauges_.given_back_bytes += state_.geometry.bytes(end_before - std::min(end_before, state_.allocator.end()));
-    has_returned(returned);
-}
-
-/// One round over what has no guest offset, in bounded steps, then the cut.
-void Compact::settle_metadata(const Layout &layout, const StopCheck &stop) {
-    std::set<std::uint64_t> empty;
-    {
-        const std::lock_guard guard(mutex_);
-        empty = std::exchange(empty_tables_, {});
-    }
-    state_.write_back.commit(WriteBack::Give::back);
-    require_going(stop);
-    if (layout.pending > 0 || !empty.empty()) {
-        struct EmbargoEnds {
-            Allocator &allocator;
-            ~EmbargoEnds() { allocator.embargo({}); }
-        } const embargo_ends{state_.allocator};
-        SnapshotWork work;
-        if (state_.snapshots.any()) {
-            {
-                const std::lock_guard guard(mutex_);
-                work = take_snapshot_work();
-            }
-            const std::uint64_t moved = move_snapshot_clusters(state_, work, layout.end, stop);
-            gauges_.moved_bytes += state_.geometry.bytes(moved);
-            {
-                const std::lock_guard guard(mutex_);
-                snapshot_work_.pending -= std::min(snapshot_work_.pending, moved);
-            }
-            state_.write_back.commit(WriteBack::Give::back);
-        }
-        const std::uint64_t wanted =
-            std::max(adjacent_clusters_wanted(state_, layout), adjacent_clusters_of_snapshots(state_, layout.end));
-        if (wanted != 0) {
-            const auto repack = [&](GuestCluster c, std::uint64_t descriptor) {
-                repacker_.move(c, descriptor, {layout.end, layout.end});
-            };
-            if (empty_window(state_, layout, wanted, repack))
-                state_.write_back.commit(WriteBack::Give::back);
-        }
-        const auto no_walk = keep_walks_out();
-        state_.write_back.lead([&] {
-            const std::uint64_t most = std::max<std::uint64_t>(step_bytes / state_.geometry.cluster_size(), 1);
-            for (const std::uint64_t i : empty)
-                drop_empty_table(state_, i);
-            std::uint64_t moved = 0;
-            for (std::uint64_t i = 0; i < state_.l1.size() && moved < most; ++i)
-                moved += move_l2_table(state_, i, layout.end);
-            for (const auto &[i, table] : work.tables)
-                move_snapshot_l2_table(state_, i, table, layout.end);
-            state_.write_back.commit_as_leader(WriteBack::Give::back);
-            move_l1_table(state_, layout);
-            move_snapshot_l1_tables(state_, layout.end);
-            move_snapshot_table(state_, layout.end);
-            move_refcount_table(state_, layout);
-            move_bitmaps(state_, layout.end, most);
-            move_refcount_blocks(state_, layout, most);
-            state_.write_back.commit_as_leader(WriteBack::Give::back);
-        });
-    }
-    // The tail goes without being punched first; what is free below it is punched. Blocks that describe nothing but
-    // what was cut go then, and may have been the last thing at the end.
-    cut(stop);
-    state_.write_back.lead([&] {
-        drop_refcount_blocks(state_);
-        if (state_.allocator.retired_bytes() != 0)
-            state_.write_back.commit_as_leader(WriteBack::Give::back);
-    });
-    cut(stop);
 }
 
 } // namespace qlean

@@ -15,7 +15,6 @@
 #include "snapshot_moves.h"
 #include "survey.h"
 
-#include <chrono>
 #include <set>
 
 namespace qlean {
@@ -40,7 +39,6 @@ class Compact final : public Maintenance {
     };
     
     bool table_moves_with(GuestCluster c, const std::vector<Mapping> &mappings, GuestCluster first, HostCluster end);
-    Moved relocate_on_full_disk(GuestCluster c, HostCluster source, const Allocator::Extent &destination, bool *used);
     
     void wait_for_room(std::uint64_t bytes);
     void has_returned(std::uint64_t bytes);
@@ -60,10 +58,12 @@ class Compact final : public Maintenance {
     void move_extents(const Work &work, const Wanted &want, const StopCheck &stop);
     bool repack(GuestCluster c, std::uint64_t descriptor, const Wanted &want);
     std::uint64_t taken_out_of_live() const;
-    void look_at_snapshots();
+    void look_at_snapshots(const StopCheck &stop);
     SnapshotWork take_snapshot_work();
+    void has_moved_of_snapshots(std::uint64_t clusters);
     std::unique_lock<RwLock> keep_walks_out();
     std::uint64_t most_uncommitted() const;
+    void settle_on_full_disk(const Layout &layout, const StopCheck &stop);
     void settle_metadata(const Layout &layout, const StopCheck &stop);
     void cut(const StopCheck &stop);
     void retire_leaked();
@@ -91,9 +91,8 @@ class Compact final : public Maintenance {
     std::uint64_t live_goal_ = 0; ///< clusters in use when all is done, without what Layout::measure takes out
     HostCluster site_end_{0};     ///< below it, what comes free is for compressed extents
     std::uint64_t slack_ = 0;                          ///< more than the ideal, because there was no room
-    SnapshotWork snapshot_work_; // as of the last walk over the snapshots' tables, less what was taken from it
-    std::chrono::steady_clock::time_point snapshots_walked_{};
-    std::chrono::steady_clock::duration snapshot_walk_took_{};
+    SnapshotWork snapshot_work_;     ///< as of the walk that preceded the last plan, less what was taken from it
+    bool snapshots_changed_ = false; ///< since that walk
 
     Repacker repacker_;
     std::atomic<std::uint64_t> placed_{0}, unplaced_{0}; ///< bytes of extents, and those that found no room since then

@@ -59,6 +59,8 @@ void Compact::measure_packs(const Packs &packs) {
 /// for each FLUSH.
 void Compact::refresh(const StopCheck &stop) {
     const std::lock_guard guard(mutex_);
+    if (prepared_ && snapshots_changed_ && state_.snapshots.any())
+        look_at_snapshots(stop);
     if (!prepared_ || !has_packs_ || !packs_changed_)
         return;
     const bool was_open = repacker_.close();

@@ -3,6 +3,7 @@
 #include "layout.h"
 
 #include "bitmap_moves.h"
+#include "snapshot_moves.h"
 
 namespace qlean {
 
@@ -41,18 +42,17 @@ Layout Layout::measure(State &state, std::uint64_t live, std::uint64_t leaked, s
         end = needed;
     }
 
-    const auto beyond = [&](HostOffset home, std::uint64_t clusters) {
-        return clusters > 0 && g.cluster_of(home).value + clusters > layout.end.value;
-    };
-    layout.pending = leaked + empty_tables + bitmap_clusters_beyond(state, layout.end);
+    layout.pending = leaked + empty_tables + bitmap_clusters_beyond(state, layout.end) +
+                     snapshot_clusters_beyond(state, layout.end);
     for (const auto &[region, cluster] : blocks)
         layout.pending += cluster >= layout.end || region > layout.last_region;
     for (std::uint64_t i = 0; i < state.l1.size(); ++i)
         if (const HostOffset table = state.l1.table(i); table.value != 0)
             layout.pending += g.cluster_of(table) >= layout.end;
-    if (const std::uint64_t n = g.clusters_for(state.l1.size() * 8); beyond(state.l1.home(), n))
+    if (const std::uint64_t n = g.clusters_for(state.l1.size() * 8);
+        beyond({g.cluster_of(state.l1.home()), n}, layout.end))
         layout.pending += n;
-    if (layout.table_clusters != table_now || beyond(state.refcounts.home(), table_now))
+    if (layout.table_clusters != table_now || beyond({g.cluster_of(state.refcounts.home()), table_now}, layout.end))
         layout.pending += table_now;
     return layout;
 }

@@ -21,7 +21,13 @@ void write_table_entry(State &state, std::uint64_t region, HostOffset block) {
     write_words(state, {big_endian(block.value)}, state.refcounts.home() + region * 8);
 }
 
-std::uint64_t l1_clusters(const State &state) { return state.geometry.clusters_for(state.l1.size() * 8); }
+HostRun l1_run(const State &state) {
+    return {state.geometry.cluster_of(state.l1.home()), state.geometry.clusters_for(state.l1.size() * 8)};
+}
+
+HostRun refcount_table_run(const State &state) {
+    return {state.geometry.cluster_of(state.refcounts.home()), state.refcounts.table_clusters()};
+}
 
 /// What lies from here on is described by blocks that will be dropped.
 HostCluster first_region_to_go(const State &state, const Layout &layout) {
@@ -35,10 +41,6 @@ HostCluster waiting_end(const State &state, const Layout &layout) {
     for (const auto &[region, cluster] : state.refcounts.blocks())
         waiting += region > layout.last_region;
     return std::min(layout.end + 2 * waiting, first_region_to_go(state, layout));
-}
-
-bool beyond(const State &state, HostOffset home, std::uint64_t clusters, HostCluster end) {
-    return clusters > 0 && state.geometry.cluster_of(home).value + clusters > end.value;
 }
 
 } // namespace
@@ -172,8 +174,8 @@ void move_refcount_blocks(State &state, const Layout &layout, std::uint64_t most
 
 void move_refcount_table(State &state, const Layout &layout) {
     const Geometry &g = state.geometry;
-    const std::uint64_t now = state.refcounts.table_clusters();
-    if (layout.table_clusters == now && !beyond(state, state.refcounts.home(), now, layout.end))
+    const HostRun old = refcount_table_run(state);
+    if (layout.table_clusters == old.count && !beyond(old, layout.end))
         return;
     // As long as blocks that go are still there it must keep its length, and waits where they do: otherwise a table at
     // the end would keep the file from being cut to where they can be dropped.
@@ -182,9 +184,9 @@ void move_refcount_table(State &state, const Layout &layout) {
     HostCluster floor{0}, limit = layout.end;
     for (const auto &[region, cluster] : state.refcounts.blocks())
         if (region >= g.bytes(clusters) / 8) {
-            if (g.cluster_of(state.refcounts.home()) + now <= waits_below)
+            if (old.end() <= waits_below)
                 return;
-            clusters = now;
+            clusters = old.count;
             floor = layout.end;
             limit = waits_below;
         }
@@ -197,7 +199,6 @@ void move_refcount_table(State &state, const Layout &layout) {
     write_words(state, state.refcounts.table_words(0, entries), home);
     state.write_back.sync_as_leader();
     room.publish();
-    const HostRun old{g.cluster_of(state.refcounts.home()), now};
     state.write_back.switch_as_leader([&] {
         state.header.update([&](Header &h) {
             h.refcount_table_offset = home;
@@ -210,21 +211,20 @@ void move_refcount_table(State &state, const Layout &layout) {
 
 void move_l1_table(State &state, const Layout &layout) {
     const Geometry &g = state.geometry;
-    const std::uint64_t count = l1_clusters(state);
-    if (!beyond(state, state.l1.home(), count, layout.end))
+    const HostRun old = l1_run(state);
+    if (!beyond(old, layout.end))
         return;
-    auto room = state.allocator.reserve_contiguous_below(count, layout.end);
+    auto room = state.allocator.reserve_contiguous_below(old.count, layout.end);
     if (room.empty())
         return;
     const HostOffset home = g.offset_of(room.extents().front().run.first);
     state.write_back.write_refcounts_as_leader();
     // What is durable now, not what is in memory: that may point at tables that are not written yet.
-    std::vector<std::byte> bytes(g.bytes(count));
+    std::vector<std::byte> bytes(g.bytes(old.count));
     state.file.read(std::span(bytes).first(state.l1.size() * 8), state.l1.home());
     state.file.write(bytes, home);
     state.write_back.sync_as_leader();
     room.publish();
-    const HostRun old{g.cluster_of(state.l1.home()), count};
     state.write_back.switch_as_leader([&] { state.header.update([&](Header &h) { h.l1_offset = home; }); });
     state.l1.set_home(home);
     state.allocator.retire({old});
@@ -235,10 +235,10 @@ void move_l1_table(State &state, const Layout &layout) {
 std::uint64_t adjacent_clusters_wanted(State &state, const Layout &layout) {
     const Geometry &g = state.geometry;
     std::uint64_t most = adjacent_bitmap_clusters_wanted(state, layout.end);
-    if (const std::uint64_t n = l1_clusters(state); beyond(state, state.l1.home(), n, layout.end))
-        most = std::max(most, n);
-    const std::uint64_t now = state.refcounts.table_clusters();
-    if (layout.table_clusters != now || beyond(state, state.refcounts.home(), now, layout.end)) {
+    if (const HostRun l1 = l1_run(state); beyond(l1, layout.end))
+        most = std::max(most, l1.count);
+    if (const HostRun table = refcount_table_run(state);
+        layout.table_clusters != table.count || beyond(table, layout.end)) {
         // As long as it has to keep its length for blocks that go, it moves at most to where they wait: a window would
         // be emptied for nothing, and the guest's clusters that leave it take the room of those that come down.
         const auto blocks = state.refcounts.blocks();
@@ -249,7 +249,8 @@ std::uint64_t adjacent_clusters_wanted(State &state, const Layout &layout) {
 }
 
 bool empty_window(State &state, const Layout &layout, std::uint64_t count,
-                  const std::function<void(GuestCluster, std::uint64_t)> &repack) {
+                  const std::function<void(GuestCluster, std::uint64_t)> &repack,
+                  const std::function<void()> &give_back) {
     const Geometry &g = state.geometry;
     const std::uint64_t end = layout.end.value;
     if (count == 0 || count > end)
@@ -309,8 +310,9 @@ bool empty_window(State &state, const Layout &layout, std::uint64_t count,
     state.allocator.embargo({{best}, count});
     std::vector<std::pair<GuestCluster, Mapping>> in_the_way;
     each_mapped([&](GuestCluster c, const Mapping &m, HostCluster host) {
-        if (host.value >= best && host.value < best + count && (in_the_way.empty() || in_the_way.back().first != c))
-            in_the_way.emplace_back(c, m);
+        const std::pair found(c, m); // an extent may have several of its clusters here, one after the other
+        if (host.value >= best && host.value < best + count && (in_the_way.empty() || in_the_way.back() != found))
+            in_the_way.push_back(found);
     });
     for (const auto &[cluster, mapping] : in_the_way) {
         if (mapping.kind == Mapping::Kind::compressed) {
@@ -321,9 +323,7 @@ bool empty_window(State &state, const Layout &layout, std::uint64_t count,
         auto room = state.allocator.reserve(1, Allocator::Growth::now);
         if (room.empty())
             return true;
-        bool used = false;
-        if (relocate(state, cluster, mapping.host, room.extents().front(), &used) == Moved::yes && used)
-            room.publish();
+        (void)relocate_into(state, cluster, mapping.host, room, give_back);
     }
     return true;
 }

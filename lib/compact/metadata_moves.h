@@ -32,8 +32,9 @@ void move_l1_table(State &state, const Layout &layout);
 std::uint64_t adjacent_clusters_wanted(State &state, const Layout &layout);
 /// Empties a window of `count` clusters below layout.end of guest data and keeps it empty (an embargo). Not called as
 /// the leader; the moves want a commit that gives back before the window is free. False: there is no such window.
-/// `repack` moves a compressed extent, given its descriptor.
+/// `repack` moves a compressed extent, given its descriptor; `give_back`: as for relocate_into().
 bool empty_window(State &state, const Layout &layout, std::uint64_t count,
-                  const std::function<void(GuestCluster, std::uint64_t)> &repack);
+                  const std::function<void(GuestCluster, std::uint64_t)> &repack,
+                  const std::function<void()> &give_back);
 
 } // namespace qlean

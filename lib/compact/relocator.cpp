@@ -2,15 +2,17 @@
 // Copyright (c) 2026, the qlean authors
 #include "relocator.h"
 
+#include "../error.h"
 #include "../subcluster_change.h"
 #include "zero_bytes.h"
 
-#include <optional>
 #include <shared_mutex>
 
 namespace qlean {
 
 namespace {
+
+constexpr std::size_t host_block = 4096;
 
 /// Writes a cluster; where the destination reads as zeroes already, holes stay holes.
 void write_cluster(File &file, std::span<const std::byte> bytes, HostOffset at, bool destination_is_zero) {
@@ -231,6 +233,32 @@ Moved relocate(State &state, GuestCluster c, HostCluster source, const Allocator
             return relocate_shared(state, c, source, destination, used);
     }
     return relocate_own(state, c, source, destination, used);
+}
+
+std::optional<Allocator::Extent> relocate_into(State &state, GuestCluster c, HostCluster source,
+                                               Allocator::Reservation &room, const std::function<void()> &give_back) {
+    auto destination = room.extents().front();
+    destination.run.count = 1;
+    const auto moves = [&] {
+        bool used = false;
+        return relocate(state, c, source, destination, &used) == Moved::yes && used;
+    };
+    std::optional<bool> moved;
+    try {
+        moved = moves();
+    } catch (const Error &error) {
+        if (error.kind() != Error::Kind::no_space)
+            throw;
+    }
+    if (!moved) {
+        give_back();
+        destination.zero = false; // the attempt that failed may have left something
+        moved = moves();
+    }
+    if (!*moved)
+        return std::nullopt;
+    room.take_first();
+    return destination;
 }
 
 } // namespace qlean

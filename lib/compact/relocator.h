@@ -8,6 +8,9 @@
 
 #include "../state.h"
 
+#include <functional>
+#include <optional>
+
 namespace qlean {
 
 enum class Moved {
@@ -19,5 +22,11 @@ enum class Moved {
 /// Moves guest cluster `c` from `source` to `destination`, which is reserved and becomes the image's if the answer is
 /// yes. A cluster kept for zeroes only is let go without using `destination`: then *used is false.
 Moved relocate(State &state, GuestCluster c, HostCluster source, const Allocator::Extent &destination, bool *used);
+
+/// The same, to the first cluster of `room`, which must not be empty. A move may need space on the host before it gives
+/// any back: on a full disk `give_back` makes what was moved so far give it, and it is tried once more. Where it went,
+/// or nothing: it did not move, and `room` is what it was.
+std::optional<Allocator::Extent> relocate_into(State &state, GuestCluster c, HostCluster source,
+                                               Allocator::Reservation &room, const std::function<void()> &give_back);
 
 } // namespace qlean

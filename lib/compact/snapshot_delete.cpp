@@ -2,6 +2,8 @@
 // Copyright (c) 2026, the qlean authors
 #include "snapshot_delete.h"
 
+#include "../adjacent.h"
+
 namespace qlean {
 
 namespace {
@@ -10,7 +12,6 @@ constexpr std::uint64_t batch = 4096;
 /// References retired between commits: bounds memory.
 constexpr std::size_t max_runs = 1 << 20;
 constexpr std::uint64_t max_dirty_bytes = 8 * 1024 * 1024;
-constexpr int max_commits_for_space = 4;
 
 } // namespace
 
@@ -35,9 +36,8 @@ void SnapshotDelete::run(GuestOffset, std::uint64_t, const StopCheck &stop) {
     if (deleted_)
         return;
     state_.write_back.before_change();
-    // Nothing moves meanwhile, and nobody walks over snapshots that are going.
+    // Nothing moves meanwhile, and no other snapshot goes.
     ownership_.claim(name_, connection_);
-    const std::lock_guard snapshots_guard(state_.snapshots.lock());
     const auto all = state_.snapshots.list();
     if (std::find(all.begin(), all.end(), snapshot_) == all.end()) { // over another connection
         deleted_ = true;
@@ -47,69 +47,77 @@ void SnapshotDelete::run(GuestOffset, std::uint64_t, const StopCheck &stop) {
         throw Error(Error::Kind::busy, EPERM,
                     fmt::format("snapshot '{}' is being read over its export; disconnect whoever reads it first",
                                 snapshot_->entry().name));
+    std::unique_lock<RwLock> no_walk;
     try {
+        verify(stop);
+        no_walk = std::unique_lock(state_.snapshots.lock());
         remove_from_table();
     } catch (...) {
         state_.snapshots.reopen_for_use(snapshot_);
         throw;
     }
     deleted_ = true;
-    // The snapshot is gone. If this stops early, what is left to do is what a crash leaves: leaks, and flags that lack.
-    retire_references(stop);
-    set_copied_flags(state_, stop);
+    retire_references();
+    set_copied_flags(state_, never);
     if (state_.snapshots.list().empty())
         state_.snapshots.none_left();
 }
 
 void SnapshotDelete::commit(const StopCheck &) { image_.give_back(); }
 
-/// Durable when it returns.
+/// A count that is too low would make free what somebody else still has. The walk takes the snapshots' lock itself.
+void SnapshotDelete::verify(const StopCheck &stop) {
+    const Allocator::Watch watch(state_.allocator);
+    verify_image(state_, watch, stop);
+}
+
+/// Durable when it returns. A full disk is a reason to delete a snapshot: the new table finds room where something was
+/// given up before.
 void SnapshotDelete::remove_from_table() {
+    try {
+        return switch_table();
+    } catch (const Error &error) {
+        if (error.kind() != Error::Kind::no_space || state_.write_back.poisoned())
+            throw;
+    }
+    image_.give_back();
+    switch_table();
+}
+
+void SnapshotDelete::switch_table() {
     const Geometry &g = state_.geometry;
     const SnapshotTable table = state_.snapshots.table_without(snapshot_.get());
     auto bytes = table.encode();
     const std::uint64_t length = bytes.size();
     bytes.resize(g.bytes(g.clusters_for(length)));
-    for (int attempt = 0;; ++attempt) {
-        bool done = false;
-        state_.write_back.lead([&] {
-            // Words of tables that are going must not be written when they are gone.
-            state_.write_back.commit_as_leader(WriteBack::Give::back);
-            Allocator::Reservation room;
-            if (length != 0) {
-                room = state_.allocator.reserve_contiguous(g.clusters_for(length));
-                if (room.empty())
-                    return;
-            }
-            const HostOffset home = length == 0 ? HostOffset{0} : g.offset_of(room.extents().front().run.first);
-            if (length != 0) {
-                state_.file.write(bytes, home);
-                state_.write_back.write_refcounts_as_leader();
-                state_.write_back.sync_as_leader();
-            }
-            room.publish();
-            const HostRun old = state_.snapshots.table_run();
-            state_.write_back.switch_as_leader([&] {
-                state_.header.update([&](Header &h) {
-                    h.snapshot_count = static_cast<std::uint32_t>(table.entries.size());
-                    h.snapshots_offset = home;
-                });
+    state_.write_back.lead([&] {
+        // Words of tables that are going must not be written when they are gone.
+        state_.write_back.commit_as_leader(WriteBack::Give::back);
+        Allocator::Reservation room;
+        HostOffset home{0};
+        if (length != 0) {
+            room = reserve_adjacent(state_, g.clusters_for(length));
+            home = g.offset_of(room.extents().front().run.first);
+            state_.file.write(bytes, home);
+            state_.write_back.write_refcounts_as_leader();
+            state_.write_back.sync_as_leader();
+        }
+        room.publish();
+        const HostRun old = state_.snapshots.table_run();
+        state_.write_back.switch_as_leader([&] {
+            state_.header.update([&](Header &h) {
+                h.snapshot_count = static_cast<std::uint32_t>(table.entries.size());
+                h.snapshots_offset = home;
             });
-            state_.snapshots.moved(home, length, snapshot_.get());
-            state_.allocator.retire({old});
-            done = true;
         });
-        if (done)
-            return;
-        if (attempt == max_commits_for_space)
-            throw Error(Error::Kind::no_space, ENOSPC, fmt::format("'{}' cannot grow any further", state_.file.name()));
-        state_.write_back.commit(WriteBack::Give::back);
-    }
+        state_.snapshots.moved(home, length, snapshot_.get());
+        state_.allocator.retire({old});
+    });
 }
 
 /// Nobody changes a table that the snapshot has: the active image copies one that is shared before it does. So all of
 /// them can be read at leisure, each before its own reference goes.
-void SnapshotDelete::retire_references(const StopCheck &stop) {
+void SnapshotDelete::retire_references() {
     const Geometry &g = state_.geometry;
     std::vector<HostRun> runs;
     const auto retire = [&] {
@@ -121,7 +129,6 @@ void SnapshotDelete::retire_references(const StopCheck &stop) {
         const HostOffset table = snapshot_->table(i);
         if (table.value == 0)
             continue;
-        require_going(stop);
         const std::uint64_t first = i * g.l2_entries(), end = first + g.l2_entries();
         for (std::uint64_t at = first; at < end; at += mappings.size()) {
             mappings.resize(std::min(batch, end - at));
@@ -133,8 +140,7 @@ void SnapshotDelete::retire_references(const StopCheck &stop) {
         if (runs.size() > max_runs)
             retire();
     }
-    if (snapshot_->l1_size() != 0)
-        append_run(runs, {g.cluster_of(snapshot_->l1_home()), g.clusters_for(snapshot_->l1_size() * 8)});
+    append_run(runs, snapshot_->l1_run(g));
     retire();
 }
 
@@ -168,7 +174,7 @@ void set_copied_flags(State &state, const StopCheck &stop) {
             if (!own_table)
                 own_table = state.refcounts.get(g.cluster_of(entry::table(word))) == 1;
             for (const auto &candidate : candidates)
-                if (state.refcounts.get(candidate.second) == 1)
+                if (own_table && state.refcounts.get(candidate.second) == 1)
                     ours.push_back(candidate);
         });
         if (!own_table)

@@ -3,11 +3,12 @@
 //
 // Deleting an internal snapshot of an image in use: what only it held becomes free.
 //
-// In an order that a power cut cannot hurt. The snapshot goes from the table (a new table, switched to by the header
-// in one write), durably; from then on nothing durable refers to what it had, and a crash leaves leaks at worst. Each
-// of its references is then retired, as a guest's are that overwrites something, and so lowered and freed by a commit.
-// Last, entries of the active image whose cluster or table nobody else has any more get their COPIED flag: until then
-// they are copied before they change, which costs, but harms nothing; the flag too early would.
+// Refcounts are compared with all references first. Then, in an order that a power cut cannot hurt: the snapshot goes
+// from the table (a new table, switched to by the header in one write), durably; from then on nothing durable refers to
+// what it had, and a crash leaves leaks at worst. Each of its references is then retired, as a guest's are that
+// overwrites something, and so lowered and freed by a commit. Last, entries of the active image whose cluster or table
+// nobody else has any more get their COPIED flag: until then they are copied before they change, which costs, but harms
+// nothing; the flag too early would.
 #pragma once
 
 #include "maintenance.h"
@@ -27,8 +28,10 @@ class SnapshotDelete final : public Maintenance {
     void commit(const StopCheck &stop) override;
 
   private:
+    void verify(const StopCheck &stop);
     void remove_from_table();
-    void retire_references(const StopCheck &stop);
+    void switch_table();
+    void retire_references();
 
     Image &image_;
     State &state_;
@@ -41,7 +44,7 @@ class SnapshotDelete final : public Maintenance {
 };
 
 /// Sets COPIED in the active image where a count of one says that it may be: after references were lowered. Needs no
-/// lock, and no commit under way is disturbed. Throws Error (stopped) when `stop` says so; the rest lacks it then.
+/// lock, and no commit under way is disturbed. What it has not come to when it is stopped stays as it is.
 void set_copied_flags(State &state, const StopCheck &stop);
 
 } // namespace qlean

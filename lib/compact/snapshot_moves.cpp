@@ -4,6 +4,7 @@
 
 #include "../byte_order.h"
 #include "relocator.h"
+#include "whole_moves.h"
 
 #include <set>
 #include <shared_mutex>
@@ -21,14 +22,6 @@ std::uint64_t longest_l1(const std::vector<SnapshotPointer> &snapshots) {
     return longest;
 }
 
-std::uint64_t l1_clusters(const State &state, const Snapshot &snapshot) {
-    return state.geometry.clusters_for(snapshot.l1_size() * 8);
-}
-
-bool beyond(const Geometry &g, HostOffset home, std::uint64_t clusters, HostCluster end) {
-    return clusters > 0 && g.cluster_of(home).value + clusters > end.value;
-}
-
 /// The tables of L1 index `i` that only snapshots have, each with a snapshot that has it.
 std::vector<std::pair<HostOffset, SnapshotPointer>> own_tables(State &state, std::uint64_t i,
                                                                const std::vector<SnapshotPointer> &snapshots) {
@@ -42,6 +35,16 @@ std::vector<std::pair<HostOffset, SnapshotPointer>> own_tables(State &state, std
             found.emplace_back(table, snapshot);
     }
     return found;
+}
+
+/// What wants adjacent clusters: the L1 tables, and the snapshot table.
+template <class F>
+void for_each_adjacent(const State &state, F &&f) {
+    if (!state.snapshots.any())
+        return;
+    for (const auto &snapshot : state.snapshots.list())
+        f(snapshot->l1_run(state.geometry));
+    f(state.snapshots.table_run());
 }
 
 } // namespace
@@ -95,7 +98,8 @@ SnapshotWork find_snapshot_work(State &state, HostCluster end, std::size_t most,
             work.clusters.emplace_back(c, host);
     });
     const auto snapshots = state.snapshots.list();
-    for (std::uint64_t i = 0; i < longest_l1(snapshots); ++i)
+    const std::uint64_t longest = longest_l1(snapshots);
+    for (std::uint64_t i = 0; i < longest; ++i)
         for (const auto &[table, snapshot] : own_tables(state, i, snapshots)) {
             if (g.cluster_of(table) < end)
                 continue;
@@ -103,28 +107,25 @@ SnapshotWork find_snapshot_work(State &state, HostCluster end, std::size_t most,
             if (work.tables.size() < most)
                 work.tables.emplace_back(i, table);
         }
-    for (const auto &snapshot : snapshots)
-        if (const std::uint64_t n = l1_clusters(state, *snapshot); beyond(g, snapshot->l1_home(), n, end))
-            work.pending += n;
-    if (const HostRun table = state.snapshots.table_run(); table.count != 0 && table.end() > end)
-        work.pending += table.count;
     return work;
 }
 
-std::uint64_t move_snapshot_clusters(State &state, const SnapshotWork &work, HostCluster end, const StopCheck &stop) {
+std::uint64_t snapshot_clusters_beyond(const State &state, HostCluster end) {
+    std::uint64_t n = 0;
+    for_each_adjacent(state, [&](const HostRun &run) { n += beyond(run, end) ? run.count : 0; });
+    return n;
+}
+
+std::uint64_t move_snapshot_clusters(State &state, const SnapshotWork &work, HostCluster end,
+                                     const std::function<void()> &give_back, const StopCheck &stop) {
     std::uint64_t moved = 0;
     auto room = state.allocator.reserve_below(work.clusters.size(), end);
     for (const auto &[c, source] : work.clusters) {
         if (room.empty())
             break;
         require_going(stop);
-        bool used = false;
-        auto destination = room.extents().front();
-        destination.run.count = 1;
-        if (relocate(state, c, source, destination, &used) == Moved::yes && used) {
-            room.take_first();
-            ++moved;
-        }
+        if (source >= end)
+            moved += relocate_into(state, c, source, room, give_back).has_value();
     }
     return moved;
 }
@@ -152,6 +153,8 @@ void relink_snapshots(State &state, std::uint64_t i, const std::vector<SnapshotP
 
 bool move_snapshot_l2_table(State &state, std::uint64_t i, HostOffset table, HostCluster end) {
     const Geometry &g = state.geometry;
+    if (g.cluster_of(table) < end)
+        return false;
     auto reserved = state.allocator.reserve_below(1, end);
     if (reserved.empty())
         return false;
@@ -176,41 +179,39 @@ bool move_snapshot_l2_table(State &state, std::uint64_t i, HostOffset table, Hos
     return true;
 }
 
-void move_snapshot_l1_tables(State &state, HostCluster end) {
+void move_snapshot_l1_tables(State &state, HostCluster end, std::uint64_t most) {
     const Geometry &g = state.geometry;
+    std::vector<WholeMove> moves;
+    std::vector<std::size_t> moving; // the snapshot of each
     const auto snapshots = state.snapshots.list();
-    for (std::size_t n = 0; n < snapshots.size(); ++n) {
-        Snapshot &snapshot = *snapshots[n];
-        const std::uint64_t count = l1_clusters(state, snapshot);
-        if (!beyond(g, snapshot.l1_home(), count, end) ||
-            state.snapshots.pending.any_in(snapshot.l1_home(), g.bytes(count)))
+    std::uint64_t clusters = 0;
+    for (std::size_t n = 0; n < snapshots.size() && clusters < most; ++n) {
+        const HostRun run = snapshots[n]->l1_run(g);
+        if (!beyond(run, end) || state.snapshots.pending.any_in(g.offset_of(run.first), g.bytes(run.count)))
             continue;
-        auto room = state.allocator.reserve_contiguous_below(count, end);
+        auto room = state.allocator.reserve_contiguous_below(run.count, end);
         if (room.empty())
             continue;
-        const HostOffset home = g.offset_of(room.extents().front().run.first);
-        state.write_back.write_refcounts_as_leader();
-        std::vector<std::byte> bytes(g.bytes(count));
-        state.file.read(std::span(bytes).first(snapshot.l1_size() * 8), snapshot.l1_home());
-        state.file.write(bytes, home);
-        state.write_back.sync_as_leader();
-        room.publish();
-        const HostRun old{g.cluster_of(snapshot.l1_home()), count};
-        const HostOffset table = g.offset_of(state.snapshots.table_run().first);
-        const std::uint64_t word = big_endian(home.value);
-        state.write_back.switch_as_leader([&] {
-            state.file.write(std::as_bytes(std::span(&word, 1)),
-                             table + state.snapshots.table_without(nullptr).position(n));
-        });
-        snapshot.set_l1_home(home);
-        state.allocator.retire({old});
+        clusters += run.count;
+        moves.push_back({run, std::move(room)});
+        moving.push_back(n);
     }
+    const HostOffset table = g.offset_of(state.snapshots.table_run().first);
+    carry_out(state, moves, [&](const std::vector<HostCluster> &to) {
+        const auto positions = state.snapshots.table_without(nullptr).positions();
+        for (std::size_t m = 0; m < moves.size(); ++m) {
+            const HostOffset home = g.offset_of(to[m]);
+            const std::uint64_t word = big_endian(home.value);
+            state.file.write(std::as_bytes(std::span(&word, 1)), table + positions[moving[m]]);
+            snapshots[moving[m]]->set_l1_home(home);
+        }
+    });
 }
 
 void move_snapshot_table(State &state, HostCluster end) {
     const Geometry &g = state.geometry;
     const HostRun now = state.snapshots.table_run();
-    if (now.count == 0 || now.end() <= end)
+    if (!beyond(now, end))
         return;
     auto room = state.allocator.reserve_contiguous_below(now.count, end);
     if (room.empty())
@@ -230,11 +231,7 @@ void move_snapshot_table(State &state, HostCluster end) {
 
 std::uint64_t adjacent_clusters_of_snapshots(State &state, HostCluster end) {
     std::uint64_t most = 0;
-    for (const auto &snapshot : state.snapshots.list())
-        if (const std::uint64_t n = l1_clusters(state, *snapshot); beyond(state.geometry, snapshot->l1_home(), n, end))
-            most = std::max(most, n);
-    if (const HostRun table = state.snapshots.table_run(); table.count != 0 && table.end() > end)
-        most = std::max(most, table.count);
+    for_each_adjacent(state, [&](const HostRun &run) { most = std::max(most, beyond(run, end) ? run.count : 0); });
     return most;
 }
 

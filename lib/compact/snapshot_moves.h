@@ -14,7 +14,7 @@
 
 namespace qlean {
 
-/// What lies at or beyond `end`. The first `most` of each kind are named, all are counted.
+/// What a walk finds at or beyond `end`. The first `most` of each kind are named, all are counted.
 struct SnapshotWork {
     std::vector<std::pair<GuestCluster, HostCluster>> clusters;
     std::vector<std::pair<std::uint64_t, HostOffset>> tables; ///< L1 index and where; not those that are active too
@@ -22,19 +22,24 @@ struct SnapshotWork {
 };
 SnapshotWork find_snapshot_work(State &state, HostCluster end, std::size_t most, const StopCheck &stop);
 
+/// Clusters of what needs no walk to be found: the L1 tables and the snapshot table.
+std::uint64_t snapshot_clusters_beyond(const State &state, HostCluster end);
+
 /// Each mapping of a snapshot that the active image does not have as well.
 void each_snapshot_mapping(State &state, const StopCheck &stop,
                            const std::function<void(GuestCluster, HostCluster)> &each);
 
-/// Moves these clusters below `end`; not as the leader. The number of those that moved.
-std::uint64_t move_snapshot_clusters(State &state, const SnapshotWork &work, HostCluster end, const StopCheck &stop);
+/// Moves these clusters below `end`; not as the leader. The number of those that moved. What was found for another end
+/// may lie below this one, and stays. `give_back`: as for relocate_into().
+std::uint64_t move_snapshot_clusters(State &state, const SnapshotWork &work, HostCluster end,
+                                     const std::function<void()> &give_back, const StopCheck &stop);
 
 // Called from within a task of WriteBack::lead():
 
 /// They leave words for the next commit to publish. True if it moved.
 bool move_snapshot_l2_table(State &state, std::uint64_t i, HostOffset table, HostCluster end);
-/// These are durable when they return.
-void move_snapshot_l1_tables(State &state, HostCluster end);
+/// These are durable when they return. The first stops when it has moved `most` clusters.
+void move_snapshot_l1_tables(State &state, HostCluster end, std::uint64_t most);
 void move_snapshot_table(State &state, HostCluster end);
 /// Clusters that the largest of these wants adjacent.
 std::uint64_t adjacent_clusters_of_snapshots(State &state, HostCluster end);

@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// What Compact does in FLUSH: everything that has no guest offset, metadata and what only snapshots have, moves in
+// bounded steps; then the file is cut.
+#include "compact.h"
+
+#include "bitmap_moves.h"
+#include "metadata_moves.h"
+#include "snapshot_delete.h"
+
+#include <shared_mutex>
+
+namespace qlean {
+
+namespace {
+
+constexpr std::uint64_t step_bytes = 32 * 1024 * 1024;
+constexpr int max_rounds = 8;
+/// What is remembered of a walk over snapshots.
+constexpr std::size_t max_snapshot_work = 65536;
+
+} // namespace
+
+void Compact::cut(const StopCheck &stop) {
+    while (state_.allocator.truncate_step(step_bytes, HostCluster{0}))
+        require_going(stop);
+}
+
+void Compact::commit(const StopCheck &stop) {
+    state_.write_back.before_change();
+    ownership_.claim(name_, connection_);
+    prepare(stop);
+    const std::lock_guard commit_guard(commit_mutex_);
+    const std::uint64_t returned = moved_;
+    const std::uint64_t end_before = state_.allocator.end();
+    bool lacks_copied_flags = false;
+    {
+        const std::lock_guard guard(mutex_);
+        retire_leaked();
+        lacks_copied_flags = lacks_copied_flags_;
+    }
+    if (lacks_copied_flags) {
+        state_.write_back.commit(WriteBack::Give::back);
+        set_copied_flags(state_, stop);
+        const std::lock_guard guard(mutex_);
+        lacks_copied_flags_ = false;
+    }
+    // One thing makes room for the next: what is dropped for what moves, what moved for the cut, the cut for what is
+    // dropped then.
+    for (int round = 0; round < max_rounds; ++round) {
+        Layout before;
+        {
+            const std::lock_guard guard(mutex_);
+            before = layout_;
+        }
+        const std::uint64_t end = state_.allocator.end();
+        settle_on_full_disk(before, stop);
+        const std::lock_guard guard(mutex_);
+        measure();
+        if (layout_.pending == 0 || (layout_.pending >= before.pending && state_.allocator.end() >= end && round > 0))
+            break;
+    }
+    {
+        const std::lock_guard guard(mutex_);
+        packs_changed_ = snapshots_changed_ = true;
+    }
+    while (state_.allocator.punch_step(step_bytes))
+        require_going(stop);
+    gauges_.given_back_bytes += state_.geometry.bytes(end_before - std::min(end_before, state_.allocator.end()));
+    has_returned(returned);
+}
+
+/// settle_metadata() gives back by punching and cutting only when it has moved everything: for lack of space on the
+/// host, what came free so far is given back first, and the rest tried once more.
+void Compact::settle_on_full_disk(const Layout &layout, const StopCheck &stop) {
+    try {
+        return settle_metadata(layout, stop);
+    } catch (const Error &error) {
+        if (error.kind() != Error::Kind::no_space || state_.write_back.poisoned())
+            throw;
+    }
+    image_.give_back();
+    settle_metadata(layout, stop);
+}
+
+/// One round over what has no guest offset, in bounded steps, then the cut.
+void Compact::settle_metadata(const Layout &layout, const StopCheck &stop) {
+    std::set<std::uint64_t> empty;
+    {
+        const std::lock_guard guard(mutex_);
+        empty = empty_tables_;
+    }
+    state_.write_back.commit(WriteBack::Give::back);
+    require_going(stop);
+    if (layout.pending > 0 || !empty.empty()) {
+        struct EmbargoEnds {
+            Allocator &allocator;
+            ~EmbargoEnds() { allocator.embargo({}); }
+        } const embargo_ends{state_.allocator};
+        const auto give_back = [&] { image_.give_back(); };
+        SnapshotWork work;
+        if (state_.snapshots.any()) {
+            work = take_snapshot_work();
+            const std::uint64_t moved = move_snapshot_clusters(state_, work, layout.end, give_back, stop);
+            has_moved_of_snapshots(moved);
+            state_.write_back.commit(WriteBack::Give::back);
+        }
+        const std::uint64_t wanted =
+            std::max(adjacent_clusters_wanted(state_, layout), adjacent_clusters_of_snapshots(state_, layout.end));
+        if (wanted != 0) {
+            const auto repack = [&](GuestCluster c, std::uint64_t descriptor) {
+                repacker_.move(c, descriptor, {layout.end, layout.end});
+            };
+            if (empty_window(state_, layout, wanted, repack, give_back))
+                state_.write_back.commit(WriteBack::Give::back);
+        }
+        auto no_walk = keep_walks_out();
+        std::uint64_t moved_of_snapshots = 0;
+        state_.write_back.lead([&] {
+            const std::uint64_t most = std::max<std::uint64_t>(step_bytes / state_.geometry.cluster_size(), 1);
+            for (const std::uint64_t i : empty)
+                drop_empty_table(state_, i);
+            std::uint64_t moved = 0;
+            for (std::uint64_t i = 0; i < state_.l1.size() && moved < most; ++i)
+                moved += move_l2_table(state_, i, layout.end);
+            for (const auto &[i, table] : work.tables)
+                moved_of_snapshots += move_snapshot_l2_table(state_, i, table, layout.end);
+            state_.write_back.commit_as_leader(WriteBack::Give::back);
+            move_l1_table(state_, layout);
+            move_snapshot_l1_tables(state_, layout.end, most);
+            move_snapshot_table(state_, layout.end);
+            move_refcount_table(state_, layout);
+            move_bitmaps(state_, layout.end, most);
+            move_refcount_blocks(state_, layout, most);
+            state_.write_back.commit_as_leader(WriteBack::Give::back);
+        });
+        if (no_walk)
+            no_walk.unlock();
+        has_moved_of_snapshots(moved_of_snapshots);
+        const std::lock_guard guard(mutex_);
+        for (const std::uint64_t i : empty)
+            empty_tables_.erase(i);
+    }
+    // The tail goes without being punched first; what is free below it is punched. Blocks that describe nothing but
+    // what was cut go then, and may have been the last thing at the end.
+    cut(stop);
+    state_.write_back.lead([&] {
+        drop_refcount_blocks(state_);
+        if (state_.allocator.retired_bytes() != 0)
+            state_.write_back.commit_as_leader(WriteBack::Give::back);
+    });
+    cut(stop);
+}
+
+// --- what only snapshots have -------------------------------------------------------------------------------------
+
+/// Snapshots may have many tables, so they are walked between two passes, when the plan is read. With mutex_ held.
+void Compact::look_at_snapshots(const StopCheck &stop) {
+    const std::shared_lock guard(state_.snapshots.lock());
+    snapshot_work_ = find_snapshot_work(state_, layout_.end, max_snapshot_work, stop);
+    snapshots_changed_ = false;
+    measure();
+}
+
+/// A step of it: no more than may be uncommitted, for a guest's flush waits until the tables have moved.
+SnapshotWork Compact::take_snapshot_work() {
+    const std::lock_guard guard(mutex_);
+    SnapshotWork work;
+    const auto take = [most = std::max<std::uint64_t>(most_uncommitted() / state_.geometry.cluster_size(), 1)](auto &from) {
+        const auto first = from.end() - static_cast<std::ptrdiff_t>(std::min<std::uint64_t>(most, from.size()));
+        std::remove_reference_t<decltype(from)> taken(first, from.end());
+        from.erase(first, from.end());
+        return taken;
+    };
+    work.clusters = take(snapshot_work_.clusters);
+    work.tables = take(snapshot_work_.tables);
+    return work;
+}
+
+void Compact::has_moved_of_snapshots(std::uint64_t clusters) {
+    gauges_.moved_bytes += state_.geometry.bytes(clusters);
+    const std::lock_guard guard(mutex_);
+    snapshot_work_.pending -= std::min(snapshot_work_.pending, clusters);
+}
+
+/// A walk that reads snapshots' tables from the file would not find them where it saw them.
+std::unique_lock<RwLock> Compact::keep_walks_out() {
+    return state_.snapshots.any() ? std::unique_lock(state_.snapshots.lock()) : std::unique_lock<RwLock>();
+}
+
+} // namespace qlean
