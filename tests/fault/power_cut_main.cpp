@@ -72,6 +72,8 @@ void use(const Bytes &image, std::uint64_t seed) {
         throw std::runtime_error("after going on: " + verdict.text());
     if (guest_bytes(disk->bytes()) != guest.now())
         throw std::runtime_error("after going on: the disk differs");
+    if (const QemuVerdict qemu = ask_qemu(disk->bytes()); qemu.available && qemu.status != 0)
+        throw std::runtime_error("after going on: qemu-img check: " + qemu.output);
 }
 
 class Campaign {

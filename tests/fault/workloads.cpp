@@ -164,6 +164,12 @@ Bytes with_snapshots(std::uint64_t seed) {
         bytes = with_snapshot(std::move(bytes), "c");
     return used(std::move(bytes), seed % 3 ? 15 : 0);
 }
+void delete_snapshot(Image &image, const std::string &name) {
+    MoveOwnership ownership;
+    SnapshotDelete deletion(image, ownership, 1, name);
+    deletion.run({0}, 1, go_on);
+    deletion.commit(go_on);
+}
 void snapshots(Run &run) {
     RecordedGuest::Mix mix;
     mix.most = 4096;
@@ -175,12 +181,7 @@ void snapshots(Run &run) {
         run.attempt([&] { compact_all(*run.image, rarely); });
     if (run.random()() % 2)
         run.attempt([&] { zero_scan_all(*run.image, rarely); });
-    run.attempt([&] {
-        MoveOwnership ownership;
-        SnapshotDelete deletion(*run.image, ownership, 1, run.random()() % 2 ? "a" : "b");
-        deletion.run({0}, 1, go_on);
-        deletion.commit(go_on);
-    });
+    run.attempt([&] { delete_snapshot(*run.image, run.random()() % 2 ? "a" : "b"); });
     run.attempt([&] { compact_all(*run.image, rarely); });
     run.attempt([&] { run.guest->flush(); });
 }
@@ -219,8 +220,8 @@ void compressed(Run &run) {
     run.attempt([&] { run.guest->flush(); });
 }
 
-/// The guest in a thread of its own beside compaction and zero scans.
-void racing(Run &run) {
+/// The guest in a thread of its own beside `maintenance`.
+void beside_a_guest(Run &run, const std::function<void()> &maintenance) {
     std::atomic<bool> done{false};
     std::exception_ptr error;
     std::thread guest([&] {
@@ -231,14 +232,36 @@ void racing(Run &run) {
             error = std::current_exception();
         }
     });
-    for (int pass = 0; pass < 3; ++pass) {
-        compact_all(*run.image);
-        zero_scan_all(*run.image);
+    try {
+        maintenance();
+    } catch (...) {
+        done = true;
+        guest.join();
+        throw;
     }
     done = true;
     guest.join();
     if (error)
         std::rethrow_exception(error);
+}
+
+void racing(Run &run) {
+    beside_a_guest(run, [&] {
+        for (int pass = 0; pass < 3; ++pass) {
+            compact_all(*run.image);
+            zero_scan_all(*run.image);
+        }
+    });
+}
+
+void racing_deletion(Run &run) {
+    const std::uint64_t chance = run.guest->random()(); // before the guest's thread uses it
+    beside_a_guest(run, [&] {
+        if (chance & 1)
+            compact_all(*run.image);
+        delete_snapshot(*run.image, chance & 2 ? "a" : "b");
+        compact_all(*run.image);
+    });
 }
 
 void shutdown(Run &run) {
@@ -373,6 +396,8 @@ const std::vector<Workload> &workloads() {
         {"clean shutdown", 2, true, empty_small, shutdown},
         {"bitmaps", 4, true, with_bitmaps, bitmaps},
         {"snapshots", 4, true, with_snapshots, snapshots},
+        {"snapshots, threads racing", 3, false, with_snapshots, racing},
+        {"a snapshot deleted, threads racing", 3, false, with_snapshots, racing_deletion},
         // Not for the fault matrix, which knows disks of one size: rules (resize) has faults for it.
         {"resize", 3, false, to_be_resized, resizes},
         {"compressed clusters", 4, true, compressed_image, compressed},
