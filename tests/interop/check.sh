@@ -68,7 +68,7 @@ kind() {
     create -o "$2" "$image" 32M
     [ "$1" != bitmaps ] || qemu-img bitmap --add -g 64k "$image" one
     if [ "$1" = compressed ]; then
-        yes "some text" | head -c 20M >"$W/raw"
+        head -c 20M < <(yes "some text") >"$W/raw"
         truncate -s 32M "$W/raw"
         qemu-img convert -c -f raw -O qcow2 -o "$2" "$W/raw" "$image"
     fi
@@ -80,6 +80,7 @@ kind() {
     expect_verdict 0 "$SOCK"
     stop_server
     judge "$image" "$W/model"
+    [ "$1" != bitmaps ] || expect_verdict 0 "$image" # its bits got a place when the image was closed
     qemu-img check -f qcow2 --output=json "$image" >"$W/theirs.json"
     for what in image-end-offset total-clusters allocated-clusters fragmented-clusters compressed-clusters; do
         [ "$(number "${what//-/_}")" = "$(jq ".\"$what\" // 0" "$W/theirs.json")" ] || fail "$1: $what: $(cat "$W/verdict.json" "$W/theirs.json")"
@@ -95,7 +96,7 @@ kinds() {
     kind bitmaps cluster_size=4096
     kind data-file "cluster_size=65536,data_file=$W/data"
     kind raw-data-file "cluster_size=4096,data_file=$W/raw-data,data_file_raw=on"
-    [ "${KIND_COMPRESSED:-}" = "" ] || kind compressed cluster_size=65536
+    kind compressed cluster_size=65536
 }
 
 start_read_only() {
@@ -155,7 +156,7 @@ marks() {
     cp "$W/dirty.qcow2" "$W/before"
     # Read-only it is served as it is.
     start_server "$W/dirty.qcow2" -r
-    qemu-io -r -f raw -c 'read -P 1 0 3M' -c 'read -P 2 8M 3M' "$URI" | grep -q 'verification failed' && fail "data"
+    qemu-io -r -f raw -c 'read -P 1 0 3M' -c 'read -P 2 8M 3M' "$URI" >"$W/io.txt" || fail "data: $(cat "$W/io.txt")"
     stop_server
     cmp "$W/dirty.qcow2" "$W/before" || fail "a read-only server changed the dirty image"
     expect_failure "repair=none" nbdkit -U - "$PLUGIN" file="$W/dirty.qcow2" repair=none --run true
@@ -186,7 +187,7 @@ marks() {
     expect_failure "serving a corrupt image for writing" nbdkit -U - "$PLUGIN" file="$W/corrupt.qcow2" --run true
     grep -q 'marked corrupt' "$W/failed.txt" || fail "the sentence is: $(cat "$W/failed.txt")"
     start_server "$W/corrupt.qcow2" -r
-    qemu-io -r -f raw -c 'read -P 1 0 3M' "$URI" | grep -q 'verification failed' && fail "data"
+    qemu-io -r -f raw -c 'read -P 1 0 3M' "$URI" >"$W/io.txt" || fail "data: $(cat "$W/io.txt")"
     stop_server
     cmp "$W/corrupt.qcow2" "$W/before" || fail "the refused image was changed"
     start_server "$W/corrupt.qcow2" repair=all
