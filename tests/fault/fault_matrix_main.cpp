@@ -50,12 +50,18 @@ void require(bool condition, const std::string &what) {
         throw std::runtime_error(what);
 }
 
-void require_sound(const Bytes &image, const std::string &when) {
-    if (const Verdict verdict = judge(image); !verdict.sound()) {
-        std::ofstream("fault-matrix-failed.qcow2", std::ios::binary)
-            .write(reinterpret_cast<const char *>(image.data()), static_cast<std::streamsize>(image.size()));
-        throw std::runtime_error(when + ": " + verdict.text() + "\nthe image is fault-matrix-failed.qcow2");
-    }
+/// No corruption, and the snapshots and bitmaps are what they were in the original, or what they had to become.
+void require_sound(const Bytes &image, const Bytes &original, const std::string &when) {
+    std::optional<std::string> wrong;
+    if (const Verdict verdict = judge(image); !verdict.sound())
+        wrong = verdict.text();
+    else if (!(wrong = judge_snapshots(image, original)))
+        wrong = judge_bitmaps(image, original);
+    if (!wrong)
+        return;
+    std::ofstream("fault-matrix-failed.qcow2", std::ios::binary)
+        .write(reinterpret_cast<const char *>(image.data()), static_cast<std::streamsize>(image.size()));
+    throw std::runtime_error(when + ": " + *wrong + "\nthe image is fault-matrix-failed.qcow2");
 }
 
 bool fails(const std::function<void()> &request) {
@@ -121,7 +127,7 @@ bool run_with_fault(const Workload &workload, std::uint64_t seed, const Kind &ki
         run.guest->check(0, run.image->size());
         run.guest->flush();
         run.image->close();
-        require_sound(run.disk->bytes(), "after the end");
+        require_sound(run.disk->bytes(), run.original, "after the end");
         require(guest_bytes(run.disk->bytes()) == run.guest->now(), "after the end the disk differs");
     }
     run.image.reset();
@@ -137,7 +143,7 @@ bool run_with_fault(const Workload &workload, std::uint64_t seed, const Kind &ki
         cuts.move_to(moment);
         for (const Bytes &image : {cuts.image(random_fates(cuts, random)), cuts.image_of_killed()}) {
             const std::string when = fmt::format("power cut at moment {} of {}", moment, cuts.moments());
-            require_sound(image, when);
+            require_sound(image, run.original, when);
             if (const auto lost = run.guest->verdict(guest_bytes(image), moment))
                 throw std::runtime_error(when + ": " + *lost);
         }
