@@ -17,7 +17,7 @@ import time
 
 import nbd
 
-PIECE = (1 << 20) + 6144  # no multiple of any cluster size above 2 KiB: neighbours share clusters
+PIECE = (1 << 20) + 6245  # odd: neighbours share clusters, subclusters and sectors
 
 
 class Disagreement(Exception):
