@@ -5,6 +5,7 @@
 #include "lib/byte_order.h"
 #include "tests/fault/scene_moves.h"
 
+#include <set>
 #include <thread>
 
 using namespace qlean;
@@ -142,6 +143,80 @@ TEST_CASE("A4e: a table that moves is written whole before it is linked") {
     const Bytes left = s.disk->bytes();
     CHECK(judge(left).sound());
     CHECK((guest_bytes(left) == s.guest->now()));
+}
+
+TEST_CASE("A4: the guard follows what moves: every new home is guarded, no old one") {
+    ImagePlan plan = metadata_last();
+    plan.table_clusters = 2;
+    Scene s(build_image(plan).bytes);
+    State &state = s.image->state();
+    using Homes = std::map<std::string, std::set<std::uint64_t>>;
+    const auto homes = [&] {
+        Homes found;
+        const auto add = [&](const char *kind, std::uint64_t first, std::uint64_t count) {
+            for (std::uint64_t c = 0; c < count; ++c)
+                found[kind].insert(first + c);
+        };
+        add("L1", state.l1.home().value / cluster, divide_up(state.l1.size() * 8, cluster));
+        for (std::uint64_t i = 0; i < state.l1.size(); ++i)
+            add("L2", state.l1.table(i).value / cluster, 1);
+        add("refcount table", state.refcounts.home().value / cluster, state.refcounts.table_clusters());
+        for (const auto &[region, block] : state.refcounts.blocks())
+            add("refcount blocks", block.value, 1);
+        return found;
+    };
+    const Homes before = homes();
+    compact(s);
+    const Homes after = homes();
+    std::set<std::uint64_t> all;
+    for (const auto &[kind, clusters] : after) {
+        INFO(kind);
+        CHECK(clusters != before.at(kind));
+        for (const std::uint64_t c : clusters)
+            CHECK(state.guard.has({c}));
+        all.insert(clusters.begin(), clusters.end());
+    }
+    for (const auto &[kind, clusters] : before)
+        for (const std::uint64_t c : clusters) {
+            INFO(kind << " was in cluster " << c);
+            CHECK((all.contains(c) || !state.guard.has({c})));
+        }
+    CHECK(judge(s.disk->bytes()).clean());
+}
+
+TEST_CASE("A4: between a move and its commit a snapshot's entries say where the clusters are now") {
+    ImagePlan plan;
+    plan.virtual_size = 128 * cluster;
+    plan.map_all(200, 2);
+    const Bytes image = with_snapshot(build_image(plan).bytes, "one");
+    for (const bool own_table : {false, true}) { // or one that the active image shares
+        INFO((own_table ? "with a table of its own" : "with the active image's table"));
+        Scene s(image);
+        State &state = s.image->state();
+        if (own_table) {
+            s.guest->write(5 * cluster, cluster);
+            s.guest->flush();
+        }
+        const SnapshotPointer snapshot = state.snapshots.list().at(0);
+        std::vector<Mapping> before(128), now(128), active(128);
+        state.mapper.survey(*snapshot, {0}, before);
+        Compact compact(*s.image, s.ownership, s.gauges, 7);
+        (void)compact.plan({0}, s.image->size(), 1000);
+        compact.run({0}, s.image->size(), never);
+        REQUIRE(state.snapshots.pending.any());
+        state.mapper.survey(*snapshot, {0}, now);
+        state.mapper.resolve({0}, active);
+        std::uint64_t moved = 0;
+        for (std::uint64_t c = 0; c < 128; ++c) {
+            if (own_table && c == 5)
+                continue;
+            CHECK(now[c].host == active[c].host);
+            moved += now[c].host != before[c].host;
+        }
+        CHECK(moved > 60);
+        compact.commit(never);
+        CHECK((snapshot_disks(s.disk->bytes()) == snapshot_disks(image)));
+    }
 }
 
 TEST_CASE("A5: with fewer refcounts than references nothing is moved, and 'check' is named") {

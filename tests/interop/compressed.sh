@@ -111,6 +111,9 @@ one() {
     qemu-img convert -f qcow2 -O raw "$image" "$W/model"
     start_server "$image"
     guest --model "$W/model" --requests 30 --largest 262144 >"$W/guest.log" 2>&1 || fail "after QEMU: $(cat "$W/guest.log")"
+    stop_server
+    judge "$image" "$W/model" # what was overwritten has let go of its clusters, before anything is moved
+    start_server "$image"
     # All of it is overwritten: nothing compressed remains.
     "$PYTHON" - "$URI" "$W/model" <<'END'
 import nbd, sys

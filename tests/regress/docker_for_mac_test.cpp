@@ -309,7 +309,7 @@ TEST_CASE("docker/for-mac#1052: clusters shared with snapshots survive compactio
     CHECK(rig.compact() > 0);
     rig.write(30 * 512, 512, 9);
     rig.image->flush();
-    CHECK(rig.compact() >= 0);
+    CHECK(rig.compact() > 0);
     CHECK(guard.text() == "");
     CHECK((snapshot_disks(rig.disk->bytes()) == snapshot_disks(before)));
     CHECK(rig.disk->length() < before.size() * 2 / 3);

@@ -51,7 +51,6 @@ TEST_CASE("The guard knows what it was told, as far as an image can reach") {
 TEST_CASE("What claims metadata is not written, zeroed, trimmed or moved") {
     const BuiltImage sound = sound_image();
     const std::vector<std::pair<const char *, std::uint64_t>> places = {
-        {"the header", 0},
         {"the L1 table", sound.l1},
         {"its own L2 table", sound.l2_tables.at(0)},
         {"another L2 table", sound.l2_tables.at(1)},
@@ -59,8 +58,6 @@ TEST_CASE("What claims metadata is not written, zeroed, trimmed or moved") {
         {"a refcount block", sound.refcount_blocks.front()}};
     for (const auto &[what, place] : places)
         for (const bool zero : {false, true}) {
-            if (place == 0)
-                continue; // offset 0 means no cluster
             INFO(what << (zero ? ", kept for zeroes" : ""));
             BuiltImage image = sound;
             image.set_word(image.l2_entry_at(1), entry::data({place}) | (zero ? entry::zero : 0));
@@ -100,6 +97,59 @@ TEST_CASE("What claims metadata is not written, zeroed, trimmed or moved") {
             }
             auto again = open_image(disk);
             CHECK((read_some(*again, 150 * cluster, cluster) == bytes_of(cluster, 7)));
+        }
+}
+
+TEST_CASE("What claims metadata is not changed by pieces of less than a cluster either") {
+    constexpr std::uint64_t size = 16384, sub = 512;
+    ImagePlan plan;
+    plan.cluster_bits = 14;
+    plan.virtual_size = 12 * size;
+    plan.extended = true;
+    for (std::uint64_t c = 0; c < 8; ++c)
+        plan.data[c] = 2 + c;
+    plan.metadata_at = 12;
+    const BuiltImage sound = build_image(plan);
+    const std::vector<std::pair<const char *, std::uint64_t>> places = {
+        {"the L1 table", sound.l1},
+        {"the L2 table", sound.l2_tables.at(0)},
+        {"the refcount table", sound.refcount_table},
+        {"a refcount block", sound.refcount_blocks.front()}};
+    for (const auto &[what, place] : places)
+        for (const std::uint64_t bitmap : {0xffffffffu, 0x0000ffffu, 0u}) { // subclusters that are data
+            INFO(what << ", subclusters " << bitmap);
+            BuiltImage image = sound;
+            const std::uint64_t at = image.l2_entry_at(1, 14);
+            image.set_word(at, entry::data({place}));
+            image.set_word(at + 8, bitmap);
+            const auto disk = std::make_shared<FaultyDisk>(image.bytes);
+            const auto opened = open_image(disk);
+            const auto attempt = [](const auto &request) {
+                try {
+                    request();
+                } catch (const Error &) {
+                }
+            };
+            for (const std::uint64_t s : {0, 3, 20, 31}) {
+                const GuestOffset piece{size + s * sub};
+                attempt([&] { opened->trim(piece, sub); });
+                attempt([&] { opened->trim(piece + 7, 2 * sub - 20); });
+                attempt([&] { opened->zero(piece, sub, Image::Zero::keep_space, false); });
+                attempt([&] { opened->zero(piece, sub, Image::Zero::may_trim, false); });
+                attempt([&] { opened->zero(piece + 9, 100, Image::Zero::may_trim, false); });
+                CHECK_THROWS_AS(opened->write(bytes_of(sub, 7), piece), Error);
+                CHECK_THROWS_AS(opened->write(bytes_of(50, 7), piece + 9), Error);
+            }
+            const Bytes now = disk->bytes(); // before any commit: nothing has a reason to write there
+            CHECK(std::equal(now.begin() + static_cast<std::ptrdiff_t>(place),
+                             now.begin() + static_cast<std::ptrdiff_t>(place + size),
+                             image.bytes.begin() + static_cast<std::ptrdiff_t>(place)));
+            opened->give_back();
+            CHECK_FALSE(opened->state().allocator.is_free({place / size}));
+            opened->write(bytes_of(sub, 9), {10 * size}); // the rest goes on
+            opened->flush();
+            opened->close();
+            CHECK((read_some(*open_image(disk), 10 * size, sub) == bytes_of(sub, 9)));
         }
 }
 
