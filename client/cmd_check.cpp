@@ -4,8 +4,9 @@
 // `qlean check`: the server's verdict on the image, in the numbers and with the exit codes of `qemu-img check`. A file
 // is checked by a private server that serves nothing else, so that it can be checked whatever is wrong with it.
 #include "connection.h"
+#include "json_page.h"
 #include "options.h"
-#include "signals.h"
+#include "status_page.h"
 #include "target.h"
 
 #include <fmt/format.h>
@@ -27,46 +28,31 @@ std::vector<std::string> parameters(const CheckOptions &options) {
     return words;
 }
 
-json read_verdict(Connection &connection) {
-    constexpr std::uint64_t largest = 16 * 1048576;
-    if (connection.size() == 0 || connection.size() > largest) {
-        throw Failure("the export 'check' is no page; is this server nbdkit with the qcow2 plugin of qlean?");
-    }
-    json verdict = json::parse(connection.read(0, connection.size()), nullptr, false);
-    if (!verdict.is_object()) {
-        throw Failure("the export 'check' does not contain a JSON object; is this server nbdkit with the qcow2 plugin "
-                      "of qlean?");
-    }
-    return verdict;
-}
-
 std::uint64_t number(const json &verdict, const char *key) {
     const auto it = verdict.find(key);
     return it != verdict.end() && it->is_number_unsigned() ? it->get<std::uint64_t>() : 0;
 }
 
-void wait_for(Connection &connection, Ticket &ticket, const char *what) {
-    while (!ticket.done && !connection.lost()) {
-        connection.pump(1000);
-    }
+void wait_for(const Target &target, Connection &connection, Ticket &ticket, const char *what) {
+    connection.wait(ticket);
     if (connection.lost()) {
-        throw Failure("the server is gone; run the command again", ExitCode::error);
+        throw Failure("the server is gone; run the command again");
     }
     if (ticket.error != 0) {
-        throw Failure(fmt::format("the server could not {}; 'qlean status' shows its last error", what));
+        throw Failure(fmt::format("the server could not {}: {}", what, server_says(target, ticket.error)));
     }
 }
 
-void repair_leaks(Connection &connection) {
+void repair_leaks(const Target &target, Connection &connection) {
     if (!connection.can_cache()) {
         throw Failure("the server is read-only and repairs nothing");
     }
     Ticket repair;
     connection.start_cache(0, connection.size(), repair);
-    wait_for(connection, repair, "repair leaks");
+    wait_for(target, connection, repair, "repair leaks");
     Ticket flush;
     connection.start_flush(flush);
-    wait_for(connection, flush, "commit the repair");
+    wait_for(target, connection, flush, "commit the repair");
 }
 
 void print(const json &verdict) {
@@ -117,9 +103,7 @@ ExitCode code_of(const json &verdict) {
     return number(verdict, "leaks") > 0 ? ExitCode::leaks : ExitCode::done;
 }
 
-} // namespace
-
-ExitCode run_check(const CheckOptions &options) {
+ExitCode check(const CheckOptions &options) {
     const bool repairs = !options.repair.empty();
     Target target(options.target, repairs ? Access::read_write : Access::read_only, options.nbdkit, parameters(options));
     json verdict;
@@ -130,9 +114,9 @@ ExitCode run_check(const CheckOptions &options) {
                 throw Failure("a server repairs only leaks beside its guests; stop it, then run 'qlean check --repair "
                               "all' on the image file");
             }
-            repair_leaks(connection);
+            repair_leaks(target, connection);
         }
-        verdict = read_verdict(connection);
+        verdict = read_json_page(connection);
     }
     target.finish();
     if (options.json) {
@@ -141,6 +125,17 @@ ExitCode run_check(const CheckOptions &options) {
         print(verdict);
     }
     return code_of(verdict);
+}
+
+} // namespace
+
+ExitCode run_check(const CheckOptions &options) {
+    try {
+        return check(options);
+    } catch (const Failure &failure) {
+        // The other codes say something about the image here.
+        throw Failure(failure.what(), ExitCode::error);
+    }
 }
 
 } // namespace qlean

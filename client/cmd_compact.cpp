@@ -50,11 +50,11 @@ std::vector<std::string> operations_to_run(const Target &target, bool zeroes) {
 
 /// What the guest's requests take while we do nothing. The server counts in seconds: one is waited for, if there is a
 /// guest at all.
-void learn_baseline(Connection &status, Courtesy &courtesy) {
+void learn_baseline(Connection &status, const StopCondition &stop, Courtesy &courtesy) {
     constexpr auto window = std::chrono::milliseconds(1100);
     auto p99 = StatusPage::read(status).guest_p99_us();
     const auto until = StopCondition::Clock::now() + window;
-    while (p99 && StopCondition::Clock::now() < until && !signals::stop_requested()) {
+    while (p99 && StopCondition::Clock::now() < until && !stop.reached()) {
         std::this_thread::sleep_for(std::chrono::milliseconds(50));
     }
     courtesy.learn_baseline(p99 ? StatusPage::read(status).guest_p99_us() : std::nullopt);
@@ -68,7 +68,7 @@ void run_operations(const Target &target, const CompactOptions &options, const S
     Courtesy courtesy;
     Speed speed{options.max_rate, options.fast ? nullptr : &courtesy};
     if (speed.courtesy != nullptr) {
-        learn_baseline(status, courtesy);
+        learn_baseline(status, stop, courtesy);
     }
     for (const std::string &name : operations_to_run(target, options.zeroes)) {
         OperationReport &report = outcome.operations.emplace_back();

@@ -11,28 +11,19 @@
 
 #include <fmt/format.h>
 
-#include <cstring>
+#include <cerrno>
 
 namespace qlean {
 
 namespace {
 
-constexpr int poll_milliseconds = 1000;
-
-void wait_for(Connection &connection, const Ticket &ticket) {
-    while (!ticket.done && !connection.lost()) {
-        connection.pump(poll_milliseconds);
-    }
-}
-
-// The server's own sentence about what went wrong: only an errno comes over the wire.
-std::string reason(const Target &target, int error) {
-    std::string text;
+// Somebody else is running maintenance, and that is why.
+bool is_busy(const Target &target, int error) {
     try {
-        text = StatusPage::fetch(target).last_error();
+        return error == EPERM && StatusPage::fetch(target).owner();
     } catch (const Failure &) {
+        return false;
     }
-    return text.empty() ? std::strerror(error) : text;
 }
 
 } // namespace
@@ -51,16 +42,17 @@ ExitCode run_resize(const ResizeOptions &options) {
         }
         Ticket resize, commit;
         connection.start_cache(0, 1, resize);
-        wait_for(connection, resize);
-        if (resize.done && resize.error == 0) {
+        connection.wait(resize);
+        if (resize.error == 0) {
             connection.start_flush(commit);
-            wait_for(connection, commit);
+            connection.wait(commit);
         }
-        if (!resize.done || (resize.error == 0 && !commit.done)) {
+        if (connection.lost()) {
             throw Failure(fmt::format("the connection to {} is lost{}", target.name(), target.server_words()));
         }
         if (const int error = resize.error != 0 ? resize.error : commit.error) {
-            throw Failure(reason(target, error));
+            connection.close();
+            throw Failure(server_says(target, error), is_busy(target, error) ? ExitCode::busy : ExitCode::error);
         }
     }
     const std::uint64_t now = Connection(target, "").size();

@@ -4,6 +4,7 @@
 // `qlean snapshot list` and `qlean snapshot delete`: internal snapshots of an image that is in use, or of a file.
 #include "connection.h"
 #include "failure.h"
+#include "json_page.h"
 #include "options.h"
 #include "status_page.h"
 #include "target.h"
@@ -15,7 +16,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstring>
 
 namespace qlean {
 
@@ -25,8 +25,8 @@ using json = nlohmann::ordered_json;
 
 json read_page(const Target &target) {
     Connection connection(target, "snapshots");
-    const json page = json::parse(connection.read(0, connection.size()), nullptr, false);
-    if (page.is_discarded() || !page.contains("snapshots")) {
+    const json page = read_json_page(connection);
+    if (const auto list = page.find("snapshots"); list == page.end() || !list->is_array()) {
         throw Failure(fmt::format("{} answers export 'snapshots' with something else than a list of snapshots; its "
                                   "version may not fit to this qlean",
                                   target.name()));
@@ -56,23 +56,6 @@ void print_table(const json &page) {
     }
     if (const auto more = page.value("left_off", std::uint64_t{0}); more != 0) {
         fmt::print("and {} more\n", more);
-    }
-}
-
-void wait_for(Connection &connection, const Ticket &ticket) {
-    while (!ticket.done) {
-        connection.pump(100);
-    }
-}
-
-// The server's own words, over a connection of their own.
-std::string server_says(const Target &target, int error) {
-    try {
-        Connection status(target, "status");
-        const std::string said = StatusPage::read(status).last_error();
-        return said.empty() ? std::strerror(error) : said;
-    } catch (const Failure &) {
-        return std::strerror(error);
     }
 }
 
@@ -112,10 +95,10 @@ ExitCode run_snapshot_delete(const SnapshotOptions &options) {
     }
     Ticket ticket;
     connection.start_cache(0, std::min<std::uint64_t>(connection.size(), 65536), ticket);
-    wait_for(connection, ticket);
+    connection.wait(ticket);
     if (ticket.error == 0) {
         connection.start_flush(ticket);
-        wait_for(connection, ticket);
+        connection.wait(ticket);
     }
     if (ticket.error != 0) {
         const int error = ticket.error;

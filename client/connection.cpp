@@ -204,6 +204,15 @@ void Connection::pump(int milliseconds) {
     }
 }
 
+void Connection::wait(Ticket &ticket) {
+    while (!ticket.done && !lost()) {
+        pump(1000);
+    }
+    if (!ticket.done) {
+        ticket = {.done = true, .error = ENOTCONN};
+    }
+}
+
 bool Connection::lost() const {
     return ::nbd_aio_is_dead(handle_.get()) == 1 || ::nbd_aio_is_closed(handle_.get()) == 1;
 }

@@ -59,6 +59,9 @@ class Connection {
     void start_cache(std::uint64_t offset, std::uint64_t length, Ticket &ticket);
     void start_flush(Ticket &ticket);
 
+    // Until it is done, with an error if the connection is lost meanwhile.
+    void wait(Ticket &ticket);
+
     // Lets requests make progress for at most that long; returns early on any event on the connection or a signal.
     void pump(int milliseconds);
 

@@ -156,7 +156,7 @@ void Operation::pass(const Plan &plan) {
         consider_guest();
         send(plan, next);
         int wait = 100; // the progress line and the time limit want to be looked at that often
-        if (next < plan.pieces.size() && in_flight() < depth_) {
+        if (next < plan.pieces.size() && in_flight() < depth()) {
             // Rounded up: waking a fraction of a millisecond early would spin.
             const auto delay = pace_.delay(plan.pieces[next].planned, Pace::Clock::now());
             const auto milliseconds = std::chrono::ceil<std::chrono::milliseconds>(delay).count();
@@ -187,15 +187,26 @@ void Operation::consider_guest() {
     if (speed_.courtesy == nullptr || now - considered_ < consider_every) {
         return;
     }
-    considered_ = now;
-    speed_.courtesy->sample(StatusPage::read(status_).guest_p99_us());
+    std::optional<double> p99_us;
+    try {
+        p99_us = StatusPage::read(status_).guest_p99_us();
+    } catch (const Failure &) {
+        considered_ = Pace::Clock::now(); // it is a look aside; if the server is gone, the work itself will tell
+        return;
+    }
+    const auto then = Pace::Clock::now();
+    const double seconds = std::chrono::duration<double>(then - considered_).count();
+    const auto handled = static_cast<double>(report_.handled_bytes - handled_before_);
+    considered_ = then;
+    handled_before_ = report_.handled_bytes;
+    speed_.courtesy->sample(p99_us, static_cast<std::uint64_t>(handled / seconds));
     const auto courteous = speed_.courtesy->rate();
     pace_.set_rate(courteous && speed_.limit ? std::min(*courteous, *speed_.limit)
                                              : (courteous ? courteous : speed_.limit));
 }
 
 void Operation::send(const Plan &plan, std::size_t &next) {
-    while (in_flight() < depth_) {
+    while (in_flight() < depth()) {
         Slot *slot = free_slot();
         if (since_flush_ >= flush_every && !flush_in_flight_) {
             start_flush(*slot);
@@ -297,6 +308,12 @@ Operation::Slot *Operation::free_slot() {
 unsigned Operation::in_flight() const {
     return static_cast<unsigned>(
         std::count_if(slots_->begin(), slots_->end(), [](const Slot &slot) { return slot.used; }));
+}
+
+/// Beside a guest few at a time: many at once, after a pause, would all stand in its way together.
+unsigned Operation::depth() const {
+    constexpr unsigned courteous = 2;
+    return speed_.courtesy != nullptr && speed_.courtesy->rate() ? std::min(depth_, courteous) : depth_;
 }
 
 void Operation::explain() {

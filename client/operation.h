@@ -84,6 +84,7 @@ class Operation {
     void wait_all();
     Slot *free_slot();
     unsigned in_flight() const;
+    unsigned depth() const;
     [[noreturn]] void explain();
 
     const Target &target_;
@@ -91,6 +92,7 @@ class Operation {
     Pace &pace_;
     const Speed speed_;
     Pace::Clock::time_point considered_{}; // when the guest's latency was looked at
+    std::uint64_t handled_before_ = 0;     // bytes, by then
     Progress &progress_;
     const StopCondition &stop_;
     OperationReport &report_;

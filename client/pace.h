@@ -29,7 +29,6 @@ class Pace {
 
     // Holds for what is sent from now on.
     void set_rate(std::optional<std::uint64_t> bytes_per_second) { rate_ = bytes_per_second; }
-    const std::optional<std::uint64_t> &rate() const { return rate_; }
 
   private:
     Clock::time_point due(std::uint64_t bytes, Clock::time_point now) const;

@@ -7,30 +7,16 @@
 
 #include "connection.h"
 #include "failure.h"
-
-#include <fmt/format.h>
+#include "json_page.h"
 
 #include <cstdio>
+#include <cstring>
 
 namespace qlean {
 
 StatusPage StatusPage::read(Connection &connection) {
-    constexpr std::uint64_t largest = 16 * 1048576; // a real page has 64 KiB; anything huge is a disk called "status"
-    if (connection.size() == 0 || connection.size() > largest) {
-        throw Failure(
-            fmt::format("the export 'status' has {} bytes, which is no status page; is this server nbdkit with the "
-                        "qcow2 plugin of qlean?",
-                        connection.size()));
-    }
-    const std::string text = connection.read(0, connection.size());
     StatusPage page;
-    // A page padded with zero bytes instead of spaces is accepted too.
-    page.json_ = nlohmann::ordered_json::parse(text.substr(0, text.find('\0')), nullptr, false);
-    if (!page.json_.is_object()) {
-        throw Failure(
-            "the export 'status' does not contain a JSON object; is this server nbdkit with the qcow2 plugin of "
-            "qlean?");
-    }
+    page.json_ = read_json_page(connection);
     return page;
 }
 
@@ -133,6 +119,16 @@ nlohmann::ordered_json to_json(const Measures &measures) {
     put("in_use", measures.in_use_bytes);
     put("fragmentation_percent", measures.fragmentation);
     return j;
+}
+
+std::string server_says(const Target &target, int error) {
+    std::string said;
+    try {
+        said = StatusPage::fetch(target).last_error();
+    } catch (const Failure &) {
+        // The number alone has to do.
+    }
+    return said.empty() ? std::strerror(error) : said;
 }
 
 } // namespace qlean

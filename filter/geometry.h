@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <memory>
 
 namespace qlean {
 
@@ -41,12 +40,11 @@ class Geometry {
     }
 
     Geometry(std::uint64_t disk_size, std::uint32_t cluster_size)
-        : disk_size_(std::make_shared<std::atomic<std::uint64_t>>(disk_size)), cluster_size_(cluster_size),
-          granule_size_(std::min(largest_granule, cluster_size)) {}
+        : disk_size_(disk_size), cluster_size_(cluster_size), granule_size_(std::min(largest_granule, cluster_size)) {}
 
-    std::uint64_t disk_size() const { return disk_size_->load(std::memory_order_relaxed); }
-    /// The disk became larger: so it is for every copy of this geometry. Nobody may be relying on the last cluster.
-    void grow(std::uint64_t disk_size) { disk_size_->store(disk_size, std::memory_order_relaxed); }
+    std::uint64_t disk_size() const { return disk_size_.load(std::memory_order_relaxed); }
+    /// The disk became larger. Nobody may be relying on the last cluster.
+    void grow(std::uint64_t disk_size) { disk_size_.store(disk_size, std::memory_order_relaxed); }
     std::uint32_t cluster_size() const { return cluster_size_; }
     std::uint32_t granule_size() const { return granule_size_; }
 
@@ -81,9 +79,9 @@ class Geometry {
         return (offset + cluster_size_ - 1) / cluster_size_ * cluster_size_;
     }
 
-    std::shared_ptr<std::atomic<std::uint64_t>> disk_size_;
-    std::uint32_t cluster_size_;
-    std::uint32_t granule_size_;
+    std::atomic<std::uint64_t> disk_size_;
+    const std::uint32_t cluster_size_;
+    const std::uint32_t granule_size_;
 };
 
 } // namespace qlean

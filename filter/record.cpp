@@ -19,7 +19,7 @@ constexpr std::size_t node_overhead = 48;
 
 } // namespace
 
-Record::Record(Geometry geometry, std::size_t memory) : geometry_(geometry) {
+Record::Record(const Geometry &geometry, std::size_t memory) : geometry_(geometry) {
     const std::uint32_t granules = geometry.cluster_size() / geometry.granule_size();
     words_ = granules > bits_per_word ? granules / bits_per_word : 0;
     entry_bytes_ = sizeof(Clusters::value_type) + node_overhead;

@@ -37,7 +37,8 @@ class Record {
         bool must_read_zero; ///< some of it is zeroes the guest wrote: a discard alone would not do
     };
 
-    Record(Geometry geometry, std::size_t memory);
+    /// `geometry` outlives this.
+    Record(const Geometry &geometry, std::size_t memory);
 
     /// The guest may have written anything here: forget every granule touched.
     void written(ByteRange range);
@@ -91,7 +92,7 @@ class Record {
     void each_block(ClusterRun run, F f) const;
     Shard &shard_of(std::uint64_t cluster) const { return shards_[(cluster >> block_shift) % shard_count]; }
 
-    Geometry geometry_;
+    const Geometry &geometry_;
     std::uint32_t words_; ///< words of Marks::many, 0 if Marks::few is enough
     std::size_t entry_bytes_;
     std::size_t shard_capacity_;

@@ -134,7 +134,7 @@ Watcher *Server::watcher(nbdkit_context *context) {
     const std::uint32_t cluster_size = learn_cluster_size(backend, preferred);
     nbdkit_debug("reclaim: watching a disk of %lld bytes in clusters of %u", static_cast<long long>(size),
                  cluster_size);
-    watcher_ = std::make_unique<Watcher>(Geometry(static_cast<std::uint64_t>(size), cluster_size), memory_);
+    watcher_ = std::make_unique<Watcher>(static_cast<std::uint64_t>(size), cluster_size, memory_);
     return watcher_.get();
 }
 

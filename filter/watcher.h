@@ -38,7 +38,8 @@ struct InnerDisk {
 
 class Watcher {
   public:
-    Watcher(Geometry geometry, std::size_t memory) : geometry_(geometry), record_(geometry, memory) {}
+    Watcher(std::uint64_t disk_size, std::uint32_t cluster_size, std::size_t memory)
+        : geometry_(disk_size, cluster_size), record_(geometry_, memory) {}
 
     const Geometry &geometry() const { return geometry_; }
     /// The disk has at least this size now: it may be resized between two connections.

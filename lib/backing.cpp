@@ -164,7 +164,7 @@ std::unique_ptr<Backing> open_raw(std::unique_ptr<File> file, const BackingName 
 } // namespace
 
 std::unique_ptr<Backing> open_backing(const Header &header, const File &file, const ChainLink *above,
-                                      std::uint64_t cache_bytes) {
+                                      std::uint64_t cache_bytes, const std::shared_ptr<const Secret> &passphrase) {
     if (header.backing_file.empty())
         return nullptr;
     const HeaderExtension *extension = header.extension(Header::extension_backing_format);
@@ -189,6 +189,7 @@ std::unique_ptr<Backing> open_backing(const Header &header, const File &file, co
         // The one below it gets half of this, and so on.
         options.cache_bytes = std::max(cache_bytes, min_cache_bytes);
         options.above = &link;
+        options.passphrase = passphrase;
         options.open_data = [&posix = *below](const Header &header) {
             return open_data_file(header, posix, {}, PosixFile::Access::read_only);
         };

@@ -24,7 +24,6 @@ class Contents {
         : geometry_(geometry), data_(data), below_(below), below_end_(below == nullptr ? 0 : below->size()),
           compressed_(compressed) {}
 
-    bool has_below() const { return below_ != nullptr; }
     /// What lies below the image, for clusters that are unallocated; null for nothing but zeroes.
     Backing *below() const { return below_; }
     /// Neither for this cluster nor for a later one is there anything below the image: unallocated is zeroes.

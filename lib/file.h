@@ -17,6 +17,9 @@
 
 namespace qlean {
 
+/// Below this a hole in the host file frees nothing.
+constexpr std::uint64_t host_block = 4096;
+
 /// A file of the host, by whatever name.
 struct FileIdentity {
     std::uint64_t device, inode;

@@ -6,7 +6,6 @@
 #pragma once
 
 #include "byte_order.h"
-#include "byte_order.h"
 #include "file.h"
 #include "header.h"
 

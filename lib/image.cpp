@@ -2,9 +2,10 @@
 // Copyright (c) 2026, the qlean authors
 #include "image.h"
 
+#include "at_work.h"
 #include "cluster_io.h"
+#include "disk_view.h"
 #include "error.h"
-#include "subcluster_mapping.h"
 
 #include <chrono>
 #include <cstring>
@@ -57,62 +58,28 @@ void Image::read(std::span<std::byte> into, GuestOffset at) {
 
 std::vector<Image::Extent> Image::extents(GuestOffset at, std::uint64_t length, std::size_t most) {
     const Geometry &g = state_.geometry;
-    std::vector<Extent> found;
+    ExtentList found(state_, most);
     std::vector<Mapping> mappings;
     const GuestOffset end = at + length;
-    while (at < end) {
+    while (at < end && !found.full()) {
         const GuestCluster first = g.cluster_of(at);
         GuestOffset stop = std::min(end, at + (unmap_chunk_bytes - at.value % unmap_chunk_bytes));
-        const auto add = [&](GuestOffset from, GuestOffset to, bool allocated, bool zero) {
-            if (!found.empty() && found.back().allocated == allocated && found.back().zero == zero)
-                found.back().length += to - from;
-            else
-                found.push_back({from, to - from, allocated, zero});
-        };
-        const auto add_below = [&](GuestOffset from, GuestOffset to) {
-            while (from < to && found.size() <= most)
-                for (const auto &e : state_.contents.below()->extents(from, to - from, most - found.size() + 1)) {
-                    add(from, from + e.length, e.allocated, e.zero);
-                    from += e.length;
-                }
-        };
         if (!state_.mapper.has_table(first)) {
             // A table that appears meanwhile is a write that came after this answer.
             stop = std::min(end, g.offset_of(state_.mapper.table_end(first)));
-            if (state_.contents.ends_below(first))
-                add(at, stop, false, true);
-            else
-                add_below(at, stop);
+            found.add_unallocated(at, stop);
         } else {
-            GuestOffset below_from = at, below_to = at; // unallocated in a row: what lies below is asked once
             mappings.resize((g.cluster_of(stop - 1) - first) + 1);
             const RangeLock::Shared guard(state_.ranges, at, stop - at);
             state_.mapper.resolve(first, mappings);
             each_cluster(g, at, stop - at, [&](std::uint64_t, GuestCluster c, std::uint64_t within, std::uint64_t n) {
-                const auto piece = [&](const Mapping &m, std::uint64_t begin, std::uint64_t bytes) {
-                    const GuestOffset from = g.offset_of(c) + begin, to = from + bytes;
-                    if (m.kind == Mapping::Kind::unallocated && !state_.contents.ends_below(c)) {
-                        if (below_to != from)
-                            below_from = from;
-                        below_to = to;
-                        return;
-                    }
-                    add_below(below_from, below_to);
-                    below_from = below_to;
-                    const bool has_data = m.has_host() || m.kind == Mapping::Kind::compressed;
-                    add(from, to, has_data, state_.contents.is_zero(c, m));
-                };
-                subclusters::each_piece(g, mappings[c - first], within, n, piece);
+                found.add(c, mappings[c - first], within, n);
             });
-            add_below(below_from, below_to);
+            found.settle();
         }
         at = stop;
-        if (found.size() > most) {
-            found.resize(most);
-            break;
-        }
     }
-    return found;
+    return found.take();
 }
 
 void Image::prefetch(GuestOffset at, std::uint64_t length) {
@@ -125,19 +92,7 @@ void Image::prefetch(GuestOffset at, std::uint64_t length) {
         mappings.resize((g.cluster_of(stop - 1) - first) + 1);
         const RangeLock::Shared guard(state_.ranges, at, stop - at);
         state_.mapper.resolve(first, mappings);
-        each_cluster(g, at, stop - at, [&](std::uint64_t, GuestCluster c, std::uint64_t within, std::uint64_t n) {
-            const auto piece = [&](const Mapping &m, std::uint64_t from, std::uint64_t bytes) {
-                if (m.kind == Mapping::Kind::data)
-                    state_.data.will_need(g.offset_of(m.host) + from, bytes);
-                if (m.kind == Mapping::Kind::compressed) {
-                    const auto extent = entry::compressed_extent(m.bits, g.cluster_bits());
-                    state_.file.will_need(extent.at, extent.bytes);
-                }
-                if (m.kind == Mapping::Kind::unallocated && !state_.contents.ends_below(c))
-                    state_.contents.below()->prefetch(g.offset_of(c) + from, bytes);
-            };
-            subclusters::each_piece(g, mappings[c - first], within, n, piece);
-        });
+        prefetch_mapped(state_, first, mappings, at, stop - at);
         at = stop;
     }
 }
@@ -174,6 +129,7 @@ void Image::start_housekeeping() {
 }
 
 void Image::keep_house() {
+    const AtWork working;
     std::unique_lock guard(house_mutex_);
     while (!house_stops_) {
         const auto deadline = std::chrono::steady_clock::now() + commit_interval;

@@ -65,6 +65,8 @@ class Image {
     /// Makes the disk larger; what is new reads as zeroes. No request, operation or walk may be under way, and none of
     /// the operations that exist may go on afterwards. Throws Error, with the disk as it was, if that cannot be.
     void resize(std::uint64_t size);
+    /// Throws Error if the disk cannot have that size: what resize() refuses before it changes anything.
+    void require_resizable(std::uint64_t size) const;
 
     struct Extent {
         GuestOffset at;

@@ -29,26 +29,6 @@ constexpr std::uint64_t unit = 512;
     throw Error(Error::Kind::denied, EPERM, fmt::format("'{}' is not resized: {}", state.file.name(), why));
 }
 
-void require_possible(const State &state, std::uint64_t size) {
-    const Header header = state.header.header();
-    const std::uint64_t now = state.geometry.virtual_size();
-    if (size < now)
-        refuse(state, fmt::format("its disk has {} bytes, and making it smaller would cut off what is in use; shrink "
-                                  "the file system and make a smaller copy instead",
-                                  now));
-    if (size % unit != 0)
-        refuse(state, fmt::format("{} bytes is not a multiple of {}", size, unit));
-    Header wanted = header;
-    wanted.virtual_size = size;
-    if (size > max_virtual_size || wanted.geometry().l1_entries() * 8 > Header::max_l1_bytes)
-        refuse(state,
-               fmt::format("a disk of {} bytes needs an L1 table of more than 32 MiB; use larger clusters", size));
-    if (header.version < 3 && header.snapshot_count != 0)
-        refuse(state, "an image of version 2 does not remember what size its snapshots have; delete them first");
-    if (state.bitmaps)
-        state.bitmaps->require_resizable(wanted.geometry());
-}
-
 /// The L1 table in the file gets a new home with room for `entries`; nothing of it is dirty. As leader; durable when it
 /// returns. The parts have to be made anew then.
 void grow_l1_table(State &state, std::uint64_t entries) {
@@ -132,10 +112,31 @@ void Image::make_anew(std::uint64_t size, bool committed) {
     hook_up();
 }
 
+void Image::require_resizable(std::uint64_t size) const {
+    const State &state = state_;
+    if (state.read_only)
+        refuse(state, "it is served read-only");
+    const Header header = state.header.header();
+    const std::uint64_t now = state.geometry.virtual_size();
+    if (size < now)
+        refuse(state, fmt::format("its disk has {} bytes, and making it smaller would cut off what is in use; shrink "
+                                  "the file system and make a smaller copy instead",
+                                  now));
+    if (size % unit != 0)
+        refuse(state, fmt::format("{} bytes is not a multiple of {}", size, unit));
+    Header wanted = header;
+    wanted.virtual_size = size;
+    if (size > max_virtual_size || wanted.geometry().l1_entries() * 8 > Header::max_l1_bytes)
+        refuse(state,
+               fmt::format("a disk of {} bytes needs an L1 table of more than 32 MiB; use larger clusters", size));
+    if (header.version < 3 && header.snapshot_count != 0)
+        refuse(state, "an image of version 2 does not remember what size its snapshots have; delete them first");
+    if (state.bitmaps)
+        state.bitmaps->require_resizable(wanted.geometry());
+}
+
 void Image::resize(std::uint64_t size) {
-    if (state_.read_only)
-        refuse(state_, "it is served read-only");
-    require_possible(state_, size);
+    require_resizable(size);
     const std::uint64_t old_size = state_.geometry.virtual_size();
     if (size == old_size)
         return;

@@ -279,11 +279,11 @@ Image::Outcome Image::give_up_subclusters(GuestCluster c, const Mapping &m, Set 
     }
     state_.allocator.retire(freed);
     if (!has_host && state_.mapper.is_external(m))
-        punch_quietly(state_, g.offset_of(m.host), g.cluster_size());
+        state_.data.punch_if_possible(g.offset_of(m.host), g.cluster_size());
     if (has_host && m.copied && trimmed.length != 0) {
         const Piece piece = returnable(Grid(g), after.data(), trimmed.within, trimmed.length, host_block);
         if (piece.length != 0)
-            punch_quietly(state_, g.offset_of(m.host) + piece.within, piece.length);
+            state_.data.punch_if_possible(g.offset_of(m.host) + piece.within, piece.length);
     }
     return Outcome::done;
 }

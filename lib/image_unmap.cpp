@@ -8,13 +8,6 @@
 
 namespace qlean {
 
-namespace {
-
-/// Below this a hole in the host file frees nothing.
-constexpr std::uint64_t host_block = 4096;
-
-} // namespace
-
 template <class Edge, class Middle>
 void Image::split(GuestOffset at, std::uint64_t length, Edge &&edge, Middle &&middle) {
     const Geometry &g = state_.geometry;

@@ -45,9 +45,9 @@ void check_l1(const File &file, const Geometry &geometry, const std::vector<std:
     }
 }
 
-/// The first words of the entries of an L2 table, at most `most` of them.
-std::vector<std::uint64_t> read_entries(File &file, HostOffset table, const Geometry &geometry, std::uint64_t most) {
-    const std::uint64_t step = geometry.entry_words(), count = std::min(geometry.l2_entries(), most);
+/// The first words of the entries of an L2 table.
+std::vector<std::uint64_t> read_entries(File &file, HostOffset table, const Geometry &geometry) {
+    const std::uint64_t step = geometry.entry_words(), count = geometry.l2_entries();
     auto words = read_words(file, table, count * step);
     for (std::uint64_t i = 0; i < count; ++i)
         words[i] = big_endian(words[i * step]);
@@ -86,7 +86,7 @@ void refuse_truncated(File &file, const Geometry &geometry, const std::vector<st
         const HostOffset table = entry::table(big_endian(l1[i]));
         if (table.value == 0)
             continue;
-        for (const std::uint64_t word : read_entries(file, table, geometry, geometry.l2_entries())) {
+        for (const std::uint64_t word : read_entries(file, table, geometry)) {
             const auto starts = word & entry::compressed
                                     ? entry::compressed_extent(word, geometry.cluster_bits()).at.value
                                     : word & entry::offset_mask;
@@ -179,7 +179,7 @@ std::unique_ptr<Image> Image::open(std::unique_ptr<File> file, const Options &op
                     : std::make_unique<EncryptedFile>(*file, std::move(luks->cipher));
     const std::uint64_t end = std::max(file_end, counted_end);
     auto bitmaps = Bitmaps::read(*file, header, end);
-    auto backing = open_backing(header, *file, options.above, options.cache_bytes / 2);
+    auto backing = open_backing(header, *file, options.above, options.cache_bytes / 2, options.passphrase);
     // Those of an image below are of no use to anybody, and their tables may be large.
     Snapshots::Loaded snapshots =
         options.above != nullptr ? Snapshots::Loaded{} : Snapshots::load(*file, header, length);

@@ -3,7 +3,7 @@
 #include "snapshot_disk.h"
 
 #include "cluster_io.h"
-#include "subcluster_mapping.h"
+#include "disk_view.h"
 
 namespace qlean {
 
@@ -54,38 +54,23 @@ void SnapshotDisk::read(std::span<std::byte> into, GuestOffset at) {
 }
 
 std::vector<Image::Extent> SnapshotDisk::extents(GuestOffset at, std::uint64_t length, std::size_t most) {
-    const Geometry &g = state_.geometry;
-    std::vector<Image::Extent> found;
-    each_piece(
-        at, length, extent_chunk,
-        [&](GuestOffset from, std::uint64_t n, GuestCluster first, const std::vector<Mapping> &mappings) {
-            each_cluster(g, from, n, [&](std::uint64_t, GuestCluster c, std::uint64_t within, std::uint64_t bytes) {
-                const auto add = [&](const Mapping &m, std::uint64_t begin, std::uint64_t size) {
-                    const bool allocated = m.has_host() || m.kind == Mapping::Kind::compressed;
-                    const bool zero = state_.contents.is_zero(c, m);
-                    if (!found.empty() && found.back().allocated == allocated && found.back().zero == zero)
-                        found.back().length += size;
-                    else
-                        found.push_back({g.offset_of(c) + begin, size, allocated, zero});
-                };
-                subclusters::each_piece(g, mappings[c - first], within, bytes, add);
-            });
-            return found.size() <= most;
-        });
-    if (found.size() > most)
-        found.resize(most);
-    return found;
+    ExtentList found(state_, most);
+    each_piece(at, length, extent_chunk,
+               [&](GuestOffset from, std::uint64_t n, GuestCluster first, const std::vector<Mapping> &mappings) {
+                   each_cluster(state_.geometry, from, n,
+                                [&](std::uint64_t, GuestCluster c, std::uint64_t within, std::uint64_t bytes) {
+                                    found.add(c, mappings[c - first], within, bytes);
+                                });
+                   found.settle();
+                   return !found.full();
+               });
+    return found.take();
 }
 
 void SnapshotDisk::prefetch(GuestOffset at, std::uint64_t length) {
-    const Geometry &g = state_.geometry;
     each_piece(at, length, data_chunk,
                [&](GuestOffset from, std::uint64_t n, GuestCluster first, const std::vector<Mapping> &mappings) {
-                   each_cluster(g, from, n,
-                                [&](std::uint64_t, GuestCluster c, std::uint64_t within, std::uint64_t bytes) {
-                                    if (const Mapping &m = mappings[c - first]; m.kind == Mapping::Kind::data)
-                                        state_.data.will_need(g.offset_of(m.host) + within, bytes);
-                                });
+                   prefetch_mapped(state_, first, mappings, from, n);
                    return true;
                });
 }

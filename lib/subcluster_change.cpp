@@ -2,8 +2,6 @@
 // Copyright (c) 2026, the qlean authors
 #include "subcluster_change.h"
 
-#include "error.h"
-
 namespace qlean::subclusters {
 
 bool set_subclusters(State &state, Mapper::Editor &editor, GuestCluster c, const Mapping &mapping, Bitmap after,
@@ -20,18 +18,11 @@ bool set_subclusters(State &state, Mapper::Editor &editor, GuestCluster c, const
     return false;
 }
 
-void punch_quietly(State &state, HostOffset at, std::uint64_t length) {
-    try {
-        state.data.punch(at, length);
-    } catch (const Error &) {
-    }
-}
-
 void punch_all_but(State &state, HostCluster host, Set used) {
     Grid(state.geometry).each_run(~used, [&](std::uint64_t begin, std::uint64_t length) {
         const std::uint64_t from = round_up(begin, host_block), to = round_down(begin + length, host_block);
         if (from < to)
-            punch_quietly(state, state.geometry.offset_of(host) + from, to - from);
+            state.data.punch_if_possible(state.geometry.offset_of(host) + from, to - from);
     });
 }
 

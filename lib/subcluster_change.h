@@ -14,10 +14,6 @@ namespace qlean::subclusters {
 bool set_subclusters(State &state, Mapper::Editor &editor, GuestCluster c, const Mapping &mapping, Bitmap after,
                      bool keep_host, std::vector<HostRun> &freed);
 
-/// Below this a hole in the host file frees nothing.
-constexpr std::uint64_t host_block = 4096;
-/// Gives a piece of a host cluster back to the host. What cannot be given back stays: nobody relies on it.
-void punch_quietly(State &state, HostOffset at, std::uint64_t length);
 /// A host cluster that was used before keeps the host's space for what nobody wrote now: everything outside of `used`.
 void punch_all_but(State &state, HostCluster host, Set used);
 

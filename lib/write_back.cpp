@@ -43,13 +43,10 @@ void WriteBack::before_change() {
         throw Error(Error::Kind::denied, EPERM, fmt::format("'{}' is served read-only", file_.name()));
     require_healthy();
     std::call_once(first_change_, [&] {
-        if (autoclear_to_clear() == 0 && first_change_calls_.empty())
+        if (autoclear_to_clear() == 0)
             return;
         lead([&] {
-            for (const auto &call : first_change_calls_)
-                call();
-            if (autoclear_to_clear() != 0)
-                header_.update([&](Header &h) { h.autoclear &= kept_up_; });
+            header_.update([&](Header &h) { h.autoclear &= kept_up_; });
             sync();
         });
     });

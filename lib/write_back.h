@@ -60,8 +60,6 @@ class WriteBack {
     void before_change();
     /// Autoclear features that are kept up, and so stay set. Before anything changes.
     void keep_up(std::uint64_t autoclear_bits) { kept_up_ |= autoclear_bits; }
-    /// Called once, as leader, before anything of the image changes; what it writes is synced before that.
-    void before_first_change(std::function<void()> call) { first_change_calls_.push_back(std::move(call)); }
     /// Throws Error if the image is poisoned.
     void require_healthy() const;
     bool poisoned() const { return poisoned_.load(std::memory_order_acquire); }
@@ -94,7 +92,6 @@ class WriteBack {
     Geometry geometry_;
     const bool read_only_;
     std::once_flag first_change_;
-    std::vector<std::function<void()>> first_change_calls_;
     std::uint64_t kept_up_ = 0;
     File &file_;
     SyncLog &syncs_;

@@ -6,7 +6,7 @@
 #include "lib/header_home.h"
 #include "lib/image_lock.h"
 #include "nbdkit.h"
-#include "status_page.h"
+#include "page_export.h"
 
 #include <nlohmann/json.hpp>
 
@@ -32,38 +32,28 @@ std::string page_of(const CheckReport &report, const std::string &file) {
     page["corruptions_fixed"] = report.corruptions_fixed;
     page["problems"] = report.problems;
     std::string text = page.dump(1, ' ', false, json::error_handler_t::replace);
-    if (text.size() >= status_page_size) { // file names may be long
+    if (text.size() >= page_size) { // file names may be long
         page["problems"] = json::array();
         text = page.dump(1, ' ', false, json::error_handler_t::replace);
     }
-    text.resize(status_page_size - 1, ' ');
-    text += '\n';
-    return text;
+    return padded(std::move(text));
 }
 
-class CheckExport final : public Export {
+class CheckExport final : public PageExport {
   public:
     CheckExport(Server &server, bool read_only, std::uint64_t connection)
         : server_(server), read_only_(read_only), connection_(connection) {}
     ~CheckExport() override { server_.ownership.release(connection_); }
 
-    std::uint64_t size() const override { return status_page_size; }
     Abilities abilities() const override { return {false, !read_only_, false, false}; }
     std::string description() const override {
         return "the verdict on the image, as JSON; reading it checks, CACHE repairs leaks, FLUSH commits";
     }
 
-    void read(std::span<std::byte> into, std::uint64_t at) override {
-        const std::lock_guard guard(mutex_);
-        if (at == 0 || page_.empty())
-            check(Repair::none);
-        std::memcpy(into.data(), page_.data() + at, into.size());
-    }
     void cache(std::uint64_t, std::uint64_t) override {
         if (read_only_)
             throw Error(Error::Kind::denied, EPERM, "nothing is repaired: the server is read-only");
-        const std::lock_guard guard(mutex_);
-        check(Repair::leaks);
+        remake([&] { return check(Repair::leaks); });
     }
     void flush() override {
         if (server_.image && !read_only_)
@@ -71,7 +61,9 @@ class CheckExport final : public Export {
     }
 
   private:
-    void check(Repair how) {
+    std::string make() override { return check(Repair::none); }
+
+    std::string check(Repair how) {
         const StopCheck stop = [this] { return server_.gate.closing() || nbdkit_nanosleep(0, 0) == -1; };
         CheckReport report;
         if (!server_.image) {
@@ -90,14 +82,12 @@ class CheckExport final : public Export {
             leaks_fixed_ += report.leaks_fixed;
             report.leaks_fixed = leaks_fixed_;
         }
-        page_ = page_of(report, server_.options.file);
+        return page_of(report, server_.options.file);
     }
 
     Server &server_;
     const bool read_only_;
     const std::uint64_t connection_;
-    std::mutex mutex_;
-    std::string page_;
     std::uint64_t leaks_fixed_ = 0;
 };
 

@@ -8,6 +8,7 @@
 #include "lib/compact/zero_scan.h"
 #include "lib/error.h"
 #include "nbdkit.h"
+#include "page_export.h"
 #include "resize_export.h"
 #include "snapshot_exports.h"
 #include "status_page.h"
@@ -111,27 +112,16 @@ class MaintenanceExport final : public Export {
     std::atomic<bool> was_read_{false};
 };
 
-class StatusExport final : public Export {
+class StatusExport final : public PageExport {
   public:
     explicit StatusExport(Server &server) : server_(server) { measure_status(server_); }
 
-    std::uint64_t size() const override { return status_page_size; }
-    bool survives_resize() const override { return true; }
-    Abilities abilities() const override { return {}; }
     std::string description() const override { return "the state of the server and the image, as JSON"; }
 
-    void read(std::span<std::byte> into, std::uint64_t at) override {
-        const std::lock_guard guard(mutex_);
-        if (at == 0 || page_.empty())
-            page_ = make_status_page(server_);
-        std::memcpy(into.data(), page_.data() + at, into.size());
-    }
-    void flush() override {}
-
   private:
+    std::string make() override { return make_status_page(server_); }
+
     Server &server_;
-    std::mutex mutex_;
-    std::string page_;
 };
 
 } // namespace
@@ -174,7 +164,7 @@ static std::unique_ptr<Export> open_by_name(Server &server, const std::string &n
         return std::make_unique<MaintenanceExport>(server, name,
                                                    std::make_unique<ZeroScan>(*server.image, server.gauges), read_only);
     if (name.starts_with(resize_prefix))
-        return open_resize(server, name, read_only);
+        return open_resize(server, name, read_only, connection);
     if (name == "status")
         return std::make_unique<StatusExport>(server);
     if (name == "snapshots")

@@ -37,7 +37,7 @@ class Export {
     virtual void extents(std::uint64_t at, std::uint64_t length, std::size_t most, const AddExtent &add);
     virtual void cache(std::uint64_t at, std::uint64_t length);
 
-    /// cache() wants that nothing else runs.
+    /// cache() wants that nothing else runs, and passes the gate by itself.
     virtual bool caches_alone() const { return false; }
     /// What it holds stays true when the disk is resized.
     virtual bool survives_resize() const { return false; }

@@ -35,11 +35,18 @@ void on_signal(int) {
 }
 
 /// nbdkit 1.32 aborts when a client dies at the wrong moment. What the guest was told is written need not be lost with
-/// it: this thread stops here, and the one that waits for signals ends the process in order.
-void on_abort(int signal) {
+/// it: this thread stops here, and the one that waits for signals ends the process in order. An abort of our own, an
+/// assertion or a heap that is no more, is another matter: what is in memory must not be written then.
+void on_abort(int signal, siginfo_t *info, void *) {
+    const bool own = info->si_code == SI_TKILL && info->si_pid == ::getpid();
+    if (own && at_work != 0) {
+        ::signal(signal, SIG_DFL);
+        ::raise(signal); // arrives when this returns
+        return;
+    }
     aborting = 1;
     on_signal(signal);
-    for (;;)
+    while (own)
         ::pause();
 }
 
@@ -62,6 +69,7 @@ void Gate::own_signals(std::function<bool()> leave) {
         std::uint64_t count;
         while (::read(wake_fd, &count, sizeof count) == -1 && errno == EINTR) {
         }
+        const AtWork working;
         if (aborting) {
             ::alarm(abort_seconds); // should a lock have died with the thread: SIGALRM ends the process
             shut(leave);
@@ -80,7 +88,8 @@ void Gate::own_signals(std::function<bool()> leave) {
     sigemptyset(&action.sa_mask);
     for (const int signal : {SIGTERM, SIGINT, SIGHUP, SIGQUIT})
         ::sigaction(signal, &action, nullptr);
-    action.sa_handler = on_abort;
+    action.sa_sigaction = on_abort;
+    action.sa_flags = SA_SIGINFO | SA_RESTART;
     ::sigaction(SIGABRT, &action, nullptr);
 }
 

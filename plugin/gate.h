@@ -6,6 +6,7 @@
 // process. A QEMU with reconnect-delay then sends what was held to the next server.
 #pragma once
 
+#include "lib/at_work.h"
 #include "lib/rw_lock.h"
 
 #include <atomic>
@@ -17,22 +18,30 @@ namespace qlean::plugin {
 
 class Gate {
   public:
+    template <class Lock>
+    struct Entry {
+        Lock lock;
+        AtWork at_work;
+    };
     /// Held by every request while it runs. Blocks for good once the server stops.
-    std::shared_lock<RwLock> enter() { return std::shared_lock(lock_); }
+    Entry<std::shared_lock<RwLock>> enter() { return {std::shared_lock(lock_), {}}; }
     /// Held by a request that nothing may run beside: waits for those in flight, and holds new ones unanswered.
-    std::unique_lock<RwLock> enter_alone() {
+    Entry<std::unique_lock<RwLock>> enter_alone() {
         waiting_alone_.fetch_add(1);
         std::unique_lock alone(lock_);
         waiting_alone_.fetch_sub(1);
-        return alone;
+        return {std::move(alone), {}};
     }
     /// True from the moment that stopping was asked for, or that somebody wants to be alone: long requests end early.
-    bool closing() const { return closing_.load(std::memory_order_acquire) || waiting_alone_.load() != 0; }
+    bool closing() const { return stopping() || waiting_alone_.load() != 0; }
+    /// Of these, that the server stops.
+    bool stopping() const { return closing_.load(std::memory_order_acquire); }
 
     /// Takes over SIGTERM, SIGINT, SIGHUP and SIGQUIT: on the first, `leave` runs once no request does. Then the
     /// process ends, with status 0 if `leave` returned true: by itself while clients are connected, for nbdkit would
     /// answer what is held with errors; through nbdkit, which lets filters finish their work, when there are none.
-    /// SIGABRT ends in order too where that is possible, with status 134. Call after nbdkit has forked.
+    /// SIGABRT ends in order too where that is possible, with status 134; not if a thread aborted that was at work on
+    /// the image. Call after nbdkit has forked.
     void own_signals(std::function<bool()> leave);
     void connected() { connections_.fetch_add(1); }
     void disconnected() { connections_.fetch_sub(1); }

@@ -38,7 +38,13 @@ int request(void *handle, F &&f) {
     return guarded(-1, [&] {
         const auto entry = server().gate.enter();
         require_current(export_of(handle));
-        f();
+        try {
+            f();
+        } catch (const Error &error) {
+            if (error.kind() == Error::Kind::stopped && server().gate.closing() && !server().gate.stopping())
+                throw Error(Error::Kind::denied, EPERM, "the image is being resized; reconnect");
+            throw;
+        }
         return 0;
     });
 }
@@ -101,10 +107,13 @@ int after_fork() {
 void cleanup() { server().gate.shut(leave); }
 
 int list_exports(int, int, nbdkit_exports *exports) {
-    for (const auto &name : export_names(server()))
-        if (nbdkit_add_export(exports, name.c_str(), nullptr) == -1)
-            return -1;
-    return 0;
+    return guarded(-1, [&] {
+        const auto entry = server().gate.enter();
+        for (const auto &name : export_names(server()))
+            if (nbdkit_add_export(exports, name.c_str(), nullptr) == -1)
+                return -1;
+        return 0;
+    });
 }
 
 const char *default_export(int, int) { return ""; }
@@ -201,7 +210,6 @@ int cache(void *handle, uint32_t count, uint64_t offset, uint32_t) {
     if (!export_of(handle).caches_alone())
         return request(handle, [&] { export_of(handle).cache(offset, count); });
     return guarded(-1, [&] {
-        const auto entry = server().gate.enter_alone();
         export_of(handle).cache(offset, count);
         return 0;
     });

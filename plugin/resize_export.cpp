@@ -12,8 +12,9 @@ namespace {
 
 class ResizeExport final : public Export {
   public:
-    ResizeExport(Server &server, std::uint64_t bytes, bool read_only)
-        : server_(server), bytes_(bytes), before_(server.image->size()), read_only_(read_only) {}
+    ResizeExport(Server &server, std::uint64_t bytes, bool read_only, std::uint64_t connection)
+        : server_(server), bytes_(bytes), before_(server.image->size()), read_only_(read_only),
+          connection_(connection) {}
 
     // A disk of no size has no range that could be asked for.
     std::uint64_t size() const override { return std::max<std::uint64_t>(before_, 512); }
@@ -42,8 +43,18 @@ class ResizeExport final : public Export {
         if (was_read_.load(std::memory_order_relaxed))
             throw Error(Error::Kind::denied, EPERM,
                         "export 'resize' was read over this connection, so it does nothing more on it; reconnect");
-        if (server_.image->size() == bytes_)
-            return;
+        server_.ownership.claim("resize", connection_);
+        struct Release {
+            ResizeExport &resize;
+            ~Release() { resize.server_.ownership.release(resize.connection_); }
+        } const release{*this};
+        {
+            const auto entry = server_.gate.enter();
+            if (server_.image->size() == bytes_)
+                return;
+            server_.image->require_resizable(bytes_); // a refusal interrupts nobody
+        }
+        const auto alone = server_.gate.enter_alone();
         // Raised first: what the operations hold is not to be relied on even if this fails half-way.
         ++server_.resizes;
         server_.image->resize(bytes_);
@@ -54,19 +65,20 @@ class ResizeExport final : public Export {
     Server &server_;
     const std::uint64_t bytes_, before_;
     const bool read_only_;
+    const std::uint64_t connection_;
     std::atomic<bool> was_read_{false};
 };
 
 } // namespace
 
-std::unique_ptr<Export> open_resize(Server &server, const std::string &name, bool read_only) {
+std::unique_ptr<Export> open_resize(Server &server, const std::string &name, bool read_only, std::uint64_t connection) {
     const std::string_view text = std::string_view(name).substr(resize_prefix.size());
     std::uint64_t bytes = 0;
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), bytes);
     if (error != std::errc() || end != text.data() + text.size())
         throw Error(Error::Kind::unsupported, ENOENT,
                     fmt::format("there is no export '{}': after 'resize/' comes the size of the disk in bytes", name));
-    return std::make_unique<ResizeExport>(server, bytes, read_only);
+    return std::make_unique<ResizeExport>(server, bytes, read_only, connection);
 }
 
 } // namespace qlean::plugin

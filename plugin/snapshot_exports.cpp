@@ -4,7 +4,7 @@
 
 #include "lib/error.h"
 #include "lib/snapshot_disk.h"
-#include "status_page.h"
+#include "page_export.h"
 
 #include <nlohmann/json.hpp>
 #include <set>
@@ -59,7 +59,7 @@ std::string make_page(Server &server) {
                           {"vm_state_size", e.vm_state_size()},
                           {"disk_size", snapshot->disk_size()}};
         const std::size_t n = one.dump(-1, ' ', false, json::error_handler_t::replace).size() + 1;
-        if (left_off != 0 || length + n >= status_page_size) {
+        if (left_off != 0 || length + n >= page_size) {
             ++left_off;
             continue;
         }
@@ -68,33 +68,19 @@ std::string make_page(Server &server) {
     }
     if (left_off != 0)
         page["left_off"] = left_off;
-    std::string text = page.dump(-1, ' ', false, json::error_handler_t::replace);
-    text.resize(status_page_size - 1, ' ');
-    text += '\n';
-    return text;
+    return padded(page.dump(-1, ' ', false, json::error_handler_t::replace));
 }
 
-class SnapshotsPage final : public Export {
+class SnapshotsPage final : public PageExport {
   public:
     explicit SnapshotsPage(Server &server) : server_(server) {}
 
-    std::uint64_t size() const override { return status_page_size; }
-    Abilities abilities() const override { return {}; }
     std::string description() const override { return "the internal snapshots of the image, as JSON"; }
-    bool survives_resize() const override { return true; }
-
-    void read(std::span<std::byte> into, std::uint64_t at) override {
-        const std::lock_guard guard(mutex_);
-        if (at == 0 || page_.empty())
-            page_ = make_page(server_);
-        std::memcpy(into.data(), page_.data() + at, into.size());
-    }
-    void flush() override {}
 
   private:
+    std::string make() override { return make_page(server_); }
+
     Server &server_;
-    std::mutex mutex_;
-    std::string page_;
 };
 
 } // namespace

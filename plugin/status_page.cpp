@@ -5,6 +5,7 @@
 #include "guard.h"
 #include "lib/posix_file.h"
 #include "nbdkit.h"
+#include "page_export.h"
 
 #include <nlohmann/json.hpp>
 #include <unistd.h>
@@ -17,7 +18,8 @@ using json = nlohmann::ordered_json;
 
 /// The last walk of the image, and what it cost.
 struct Measured {
-    std::mutex mutex;
+    std::mutex walking; ///< held over a walk, and outside the other
+    std::mutex mutex;   ///< protects what follows
     std::optional<Survey> survey;
     std::chrono::steady_clock::time_point at{};
     std::chrono::steady_clock::duration took{};
@@ -41,13 +43,26 @@ json traffic(const GuestStats::Totals &totals, GuestStats::Kind kind) {
 
 void measure_status(Server &server) {
     Measured &m = measured();
-    const std::lock_guard guard(m.mutex);
+    const auto recent = [&m](std::chrono::steady_clock::time_point now) {
+        const std::lock_guard guard(m.mutex);
+        return m.survey && now - m.at < m.took * rest_factor;
+    };
+    // Whoever finds another at it waits: an opened page is to be true, a page that is open already is not held up.
+    const std::lock_guard walking(m.walking);
     const auto began = std::chrono::steady_clock::now();
-    if (m.survey && began - m.at < m.took * rest_factor)
+    if (recent(began))
         return;
-    m.survey = survey_image(server.image->state(), [&] { return server.gate.closing(); });
-    m.at = std::chrono::steady_clock::now();
-    m.took = m.at - began;
+    try {
+        const Survey survey = survey_image(server.image->state(), [&] { return server.gate.closing(); });
+        const std::lock_guard guard(m.mutex);
+        m.survey = survey;
+        m.at = std::chrono::steady_clock::now();
+        m.took = m.at - began;
+    } catch (const Error &error) {
+        if (error.kind() != Error::Kind::stopped)
+            throw;
+        // Somebody wants to be alone: the page has to do with what is known.
+    }
 }
 
 std::string make_status_page(Server &server) {
@@ -120,11 +135,9 @@ std::string make_status_page(Server &server) {
     page["last_error"] = error ? json(*error) : json(nullptr);
 
     std::string text = page.dump(1, ' ', false, json::error_handler_t::replace);
-    if (text.size() >= status_page_size)
+    if (text.size() >= page_size)
         text = R"({"qlean": 1, "last_error": "the status does not fit its page"})";
-    text.resize(status_page_size - 1, ' ');
-    text += '\n';
-    return text;
+    return padded(std::move(text));
 }
 
 } // namespace qlean::plugin

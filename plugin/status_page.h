@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) 2026, the qlean authors
 //
-// The status page: one JSON object in a page of fixed size, since an export's size is cached per connection. Its
-// fields are documented in nbdkit-qcow2-plugin(1).
+// The status page: one JSON object in a page of fixed size. Its fields are documented in nbdkit-qcow2-plugin(1).
 #pragma once
 
 #include "server.h"
@@ -11,11 +10,9 @@
 
 namespace qlean::plugin {
 
-constexpr std::size_t status_page_size = 65536;
-
-/// Walks the image's tables for the numbers that need it, unless that was done a moment ago.
+/// Walks the image's tables for the numbers that need it, unless that was done a moment ago or is being done.
 void measure_status(Server &server);
-/// Exactly status_page_size bytes.
+/// Exactly page_size bytes.
 std::string make_status_page(Server &server);
 
 } // namespace qlean::plugin

@@ -12,8 +12,6 @@ namespace qlean {
 
 namespace {
 
-constexpr std::size_t host_block = 4096;
-
 /// Writes a cluster; where the destination reads as zeroes already, holes stay holes.
 void write_cluster(File &file, std::span<const std::byte> bytes, HostOffset at, bool destination_is_zero) {
     if (!destination_is_zero)

@@ -57,8 +57,9 @@ void SnapshotDelete::run(GuestOffset, std::uint64_t, const StopCheck &stop) {
         throw;
     }
     deleted_ = true;
-    retire_references();
-    set_copied_flags(state_, never);
+    // The snapshot is gone. If this stops early, what is left to do is what a crash leaves: leaks, and flags that lack.
+    retire_references(stop);
+    set_copied_flags(state_, stop);
     if (state_.snapshots.list().empty())
         state_.snapshots.none_left();
 }
@@ -117,7 +118,7 @@ void SnapshotDelete::switch_table() {
 
 /// Nobody changes a table that the snapshot has: the active image copies one that is shared before it does. So all of
 /// them can be read at leisure, each before its own reference goes.
-void SnapshotDelete::retire_references() {
+void SnapshotDelete::retire_references(const StopCheck &stop) {
     const Geometry &g = state_.geometry;
     std::vector<HostRun> runs;
     const auto retire = [&] {
@@ -129,6 +130,7 @@ void SnapshotDelete::retire_references() {
         const HostOffset table = snapshot_->table(i);
         if (table.value == 0)
             continue;
+        require_going(stop);
         const std::uint64_t first = i * g.l2_entries(), end = first + g.l2_entries();
         for (std::uint64_t at = first; at < end; at += mappings.size()) {
             mappings.resize(std::min(batch, end - at));

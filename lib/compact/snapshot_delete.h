@@ -31,7 +31,7 @@ class SnapshotDelete final : public Maintenance {
     void verify(const StopCheck &stop);
     void remove_from_table();
     void switch_table();
-    void retire_references();
+    void retire_references(const StopCheck &stop);
 
     Image &image_;
     State &state_;
@@ -44,7 +44,7 @@ class SnapshotDelete final : public Maintenance {
 };
 
 /// Sets COPIED in the active image where a count of one says that it may be: after references were lowered. Needs no
-/// lock, and no commit under way is disturbed. What it has not come to when it is stopped stays as it is.
+/// lock, and no commit under way is disturbed. Throws Error (stopped) when `stop` says so; the rest lacks it then.
 void set_copied_flags(State &state, const StopCheck &stop);
 
 } // namespace qlean

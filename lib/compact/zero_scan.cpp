@@ -233,7 +233,7 @@ bool ZeroScan::look_at_subclusters(GuestCluster c, HostCluster host) {
     }
     state_.allocator.retire(freed);
     if (!has_host && state_.mapper.is_external(m))
-        punch_quietly(state_, g.offset_of(host), g.cluster_size());
+        state_.data.punch_if_possible(g.offset_of(host), g.cluster_size());
     if (has_host) {
         set_known(c);
         if (m.copied)

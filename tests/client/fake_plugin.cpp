@@ -17,6 +17,8 @@
 //   error-after=N:ERRNO     the N-th CACHE and all later ones fail with EIO, ENOSPC or ESHUTDOWN
 //   flush-error=1           every FLUSH fails with EIO
 //   die-after=N             the process ends when the N-th CACHE begins
+//   guest-p99=N             status tells of a guest whose requests take N microseconds
+//   status-error=1          status cannot be read from the first CACHE to the next FLUSH
 //   stuck=OP                CACHE succeeds without doing anything
 //   version=TEXT            the nbdkit version that status tells ("" leaves it out)
 //   log=PATH                one JSON object a line for each request
@@ -63,6 +65,8 @@ struct Settings {
     int error_number = EIO;
     bool flush_error = false;
     uint64_t die_after = 0;
+    uint64_t guest_p99 = 0;
+    bool status_error = false;
     bool read_only = false;
 };
 
@@ -72,6 +76,7 @@ std::mutex mutex;
 std::map<std::string, std::vector<bool>> plans;
 uint64_t pending = 0;
 uint64_t caches = 0;
+bool uncommitted = false; // a CACHE since the last FLUSH
 uint64_t connections = 0;
 uint64_t file_length = 0;
 std::string last_error;
@@ -152,6 +157,10 @@ int config(const char *raw_key, const char *raw_value) {
         settings.flush_error = true;
     } else if (key == "die-after") {
         settings.die_after = number(value);
+    } else if (key == "guest-p99") {
+        settings.guest_p99 = number(value);
+    } else if (key == "status-error") {
+        settings.status_error = true;
     } else if (key == "stuck") {
         settings.stuck = value;
     } else if (key == "version") {
@@ -259,7 +268,7 @@ std::string make_page() {
     if (!settings.busy.empty()) {
         owner = {{"export", settings.busy}, {"connection", 77}};
     }
-    const json page = {
+    json page = {
         {"qlean", 1},
         {"version", "0.0-fake"},
         {"server", server},
@@ -273,6 +282,9 @@ std::string make_page() {
         {"poisoned", false},
         {"a_field_from_the_future", {1, 2, 3}},
         {"last_error", last_error.empty() ? json() : json(last_error)}};
+    if (settings.guest_p99 != 0) {
+        page["guest"]["latency_us"]["p99"] = settings.guest_p99;
+    }
     std::string text = page.dump();
     text.resize(page_size - 1, ' ');
     return text + "\n";
@@ -282,6 +294,11 @@ int pread(void *handle, void *buffer, uint32_t count, uint64_t offset, uint32_t)
     const std::lock_guard lock(mutex);
     Handle &h = of(handle);
     if (h.name == "status") {
+        if (settings.status_error && uncommitted) {
+            record("status-error", h);
+            nbdkit_set_error(EIO);
+            return -1;
+        }
         if (offset == 0 || h.page.empty()) {
             h.page = make_page();
         }
@@ -333,6 +350,7 @@ int extents(void *handle, uint32_t count, uint64_t offset, uint32_t, nbdkit_exte
 // The errno to answer with, or 0.
 int refuse_cache(Handle &h) {
     caches += 1;
+    uncommitted = true;
     if (settings.die_after != 0 && caches >= settings.die_after) {
         record("die", h);
         ::_exit(0);
@@ -383,6 +401,7 @@ int flush(void *handle, uint32_t) {
     Handle &h = of(handle);
     std::unique_lock lock(mutex);
     h.in_flight += 1;
+    uncommitted = false;
     record("flush", h);
     lock.unlock();
     linger(settings.flush_ms);

@@ -53,6 +53,31 @@ class Errors(Case):
         self.assertIsNone(summary["after"])
         self.assertEqual(summary["exit_code"], SERVER_GONE)
 
+    def test_a_guest_that_cannot_be_asked_about(self):
+        # Depth 1 and 100 ms each: the guest is looked at, in vain, while there is something to commit.
+        server = self.server("size=64M", "todo=compact:0+64M", "cache-ms=100", "version=1.32.5", "guest-p99=100",
+                             "status-error=1")
+        self.run_qlean("compact", "--no-zeroes", server.socket)
+        self.assertNotEqual(events(server.log(), "status-error"), [])
+        self.assertEqual(events(server.log(), "cache-end")[-1]["error"], 0)
+        self.assertEqual(events(server.log(), "flush-end")[-1]["export"], "compact")
+
+    def test_pages_that_are_none(self):
+        # A foreign server may have anything of that name, of any size; and say anything.
+        for command, name in ((["status"], "status"), (["check"], "check"), (["snapshot", "list"], "snapshots")):
+            for arguments in (["memory", "1T"], ["data", "91 49 93"], ["null", "0"]):
+                with self.subTest(command=command, plugin=arguments):
+                    socket_path = os.path.join(self.dir, "foreign")
+                    process = subprocess.Popen(["nbdkit", "-f", "-U", socket_path, *arguments])
+                    wait_for(lambda: process.poll() is not None or listening(socket_path), "the foreign server")
+                    try:
+                        result = self.run_qlean(*command, "--json", socket_path, code=ERROR)
+                        self.assert_one_sentence(result.stderr, f"'{name}'", "is this server nbdkit")
+                    finally:
+                        process.terminate()
+                        process.wait(10)
+                        os.unlink(socket_path)
+
     def test_server_without_compact(self):
         server = self.server("size=64M", "exports=zeroes")
         self.assert_one_sentence(self.run_qlean("compact", server.socket, code=ERROR).stderr, "'compact'")

@@ -43,6 +43,12 @@ class Usage(Case):
     def test_not_an_nbd_uri(self):
         self.refuse("status", "http://example.com/", says="not an NBD URI")
 
+    def test_check_has_other_codes(self):
+        # 2 and 3 are corruptions and leaks: whatever else fails is 1.
+        for arguments in (["http://example.com/"], ["/nonexistent"], ["--frobnicate", "x"], []):
+            self.run_qlean("check", *arguments, code=ERROR)
+        self.run_qlean("check", self.server("die-after=1").socket, code=ERROR)
+
     def test_help_and_version(self):
         self.assertIn("compact", self.run_qlean("--help").stdout)
         for command in ("status", "plan", "compact", "serve"):

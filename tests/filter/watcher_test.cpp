@@ -56,7 +56,7 @@ struct FakeDisk : nbdkit_next_ops {
 struct Fixture {
     FakeDisk fake;
     InnerDisk disk{&fake, true, true, true};
-    Watcher watcher{Geometry(256 * M + 6 * K, 64 * K), 64 << 20};
+    Watcher watcher{256 * M + 6 * K, 64 * K, 64 << 20};
     int err = 0;
 
     int trim(std::uint64_t at, std::uint64_t length, std::uint32_t flags = 0) {

@@ -64,6 +64,33 @@ if [ "$mode" = secrets ]; then
     "$QLEAN" compact --passphrase-file "$W/secret" "$image" >"$W/qlean.log" 2>&1 || fail "$(cat "$W/qlean.log")"
     judge_luks "$image"
 
+    # Below another image it opens with the same passphrase, whether or not that one is encrypted too.
+    base=$W/base.qcow2
+    create_luks "$base" 8M
+    qemu_does "$base" 'write -P 21 1M 300k'
+    before=$(sha "$base")
+    for kind in plain luks; do
+        image=$W/top-$kind.qcow2 own=
+        if [ $kind = plain ]; then
+            create -u -b "$base" -F qcow2 "$image" 8M
+        else
+            create_luks "$image" 8M -u -b "$base" -F qcow2
+            own=,encrypt.format=luks,encrypt.key-secret=k
+        fi
+        start_server "$image" passphrase=+"$W/secret"
+        nbdsh_do "$URI" '
+assert h.pread(300 << 10, 1 << 20) == bytes([21]) * (300 << 10)
+h.pwrite(b"n" * 70000, 5 << 20); h.pwrite(b"n" * 512, (1 << 20) + 512)'
+        stop_server
+        below=backing.driver=qcow2,backing.file.filename=$base,backing.encrypt.format=luks,backing.encrypt.key-secret=k
+        qemu-io "${secret[@]}" -c 'read -P 110 5M 69632' -c 'read -P 110 1049088 512' -c 'read -P 21 1100k 100k' \
+            --image-opts "driver=qcow2,file.filename=$image$own,$below" >"$W/qemu-io.txt" 2>&1 &&
+            ! grep -qi 'fail\|error' "$W/qemu-io.txt" || fail "$kind over luks: $(cat "$W/qemu-io.txt")"
+        [ "$(sha "$base")" = "$before" ] || fail "$kind over luks: the base was changed"
+    done
+    image=$W/top-plain.qcow2 before=$(sha "$W/top-plain.qcow2")
+    refuses 'no passphrase for what lies below' "base.qcow2' is encrypted: give its passphrase"
+
     # What is not LUKS, or not as we know it
     before=$(sha "$image")
     qemu-img create -q --object secret,id=k,data=open-sesame -f qcow2 -o encrypt.format=aes,encrypt.key-secret=k "$W/aes.qcow2" 8M 2>/dev/null

@@ -71,6 +71,71 @@ stop_server
 judge "$W/busy.qcow2"
 expect_size "$W/busy.qcow2" $((1024 * M))
 
+say "whoever owns compact is not kept waiting, nor interrupted by what is refused"
+start_server "$W/busy.qcow2"
+cat >"$W/owner.py" <<END
+import subprocess
+def resize(size): return subprocess.run(["$QLEAN", "resize", "$SOCK", size], stderr=subprocess.PIPE, text=True)
+h.flush() # it is ours now
+r = resize("2G")
+assert r.returncode == 4 and "running 'compact'" in r.stderr, r
+h.cache(1 << 20, 0); h.flush()
+END
+nbdsh_do "$(export_uri compact)" "$(cat "$W/owner.py")"
+cat >"$W/refused.py" <<END
+import subprocess
+for size in "512M", "2000000001": # smaller; not a multiple of 512
+    r = subprocess.run(["$QLEAN", "resize", "$SOCK", size], stderr=subprocess.PIPE, text=True)
+    assert r.returncode == 1, r
+h.cache(1 << 20, 0); h.flush()
+END
+nbdsh_do "$(export_uri zeroes)" "$(cat "$W/refused.py")"
+stop_server
+
+say "what is in flight is told why it ends; lists and status work all the time"
+create -o cluster_size=512 "$W/flight.qcow2" 96M
+qemu-io -f qcow2 -c 'write -P 1 0 96M' "$W/flight.qcow2" >/dev/null
+qemu-img snapshot -c one "$W/flight.qcow2"
+start_server "$W/flight.qcow2"
+cat >"$W/beside.py" <<END
+import nbd, os
+while not os.path.exists("$W/beside-stop"):
+    for export in "status", "":
+        h, names = nbd.NBD(), []
+        h.set_opt_mode(True)
+        h.connect_uri("$URI")
+        h.opt_list(lambda name, _: names.append(name))
+        assert "snapshot/one" in names, names
+        h.set_export_name(export)
+        h.opt_go()
+        h.pread(4096, 0)
+        h.shutdown()
+END
+run_pid "$W/beside.log" "$PYTHON" "$W/beside.py"
+beside=$PID
+cat >"$W/flight.py" <<END
+import subprocess
+told = 0
+for i in range(20):
+    z = nbd.NBD()
+    z.connect_uri("$(export_uri zeroes)")
+    cookie = z.aio_cache(96 << 20, 0)
+    subprocess.run(["$QLEAN", "resize", "$SOCK", "+1M"], check=True, stdout=subprocess.DEVNULL)
+    try:
+        while not z.aio_command_completed(cookie): z.poll(-1)
+    except nbd.Error as e:
+        assert e.errno == "EPERM", e
+        told += 1
+assert told > 0, "nothing was in flight"
+END
+nbdsh_do "$URI" "$(cat "$W/flight.py")"
+touch "$W/beside-stop"
+wait "$beside" || fail "beside resizes: $(tail -n 5 "$W/beside.log")"
+grep -q 'is being resized; reconnect' "$W/server$SERVERS.log" || fail "nobody was told: $(tail -n 3 "$W/server$SERVERS.log")"
+! grep -q 'stopped on request' "$W/server$SERVERS.log" || fail "somebody was told that the server stops"
+stop_server
+judge "$W/flight.qcow2"
+
 say "refusals leave everything as it is"
 start_server "$W/busy.qcow2"
 refused 'cut off what is in use' "$SOCK" 512M

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// How a server ends that aborts: in order where the abort is not our own, and at once where it is.
+#include "plugin/gate.h"
+#include "tests/catch.h"
+
+#include <csignal>
+#include <cstdlib>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <thread>
+#include <unistd.h>
+
+using qlean::plugin::Gate;
+
+// What of nbdkit the gate needs.
+extern "C" void nbdkit_shutdown() {}
+
+namespace {
+
+struct End {
+    bool left;  ///< it made everything durable first
+    int status; ///< that it exited with, or -1
+    int signal; ///< that killed it, or 0
+};
+
+/// Of a server that does this, with a way to say that it is ready, once its signals are its own. `sent`: a signal that
+/// it gets then.
+template <class Do>
+End end_of(Do &&what, int sent = 0) {
+    int left[2], ready[2];
+    REQUIRE(::pipe(left) == 0);
+    REQUIRE(::pipe(ready) == 0);
+    const pid_t child = ::fork();
+    if (child == 0) {
+        const rlimit no_core{0, 0};
+        ::setrlimit(RLIMIT_CORE, &no_core);
+        auto *gate = new Gate;
+        gate->own_signals([&] { return ::write(left[1], "x", 1) == 1; });
+        what(*gate, [&] { [[maybe_unused]] const auto n = ::write(ready[1], "x", 1); });
+        for (;;)
+            ::pause();
+    }
+    ::close(left[1]);
+    ::close(ready[1]);
+    char byte;
+    if (sent != 0) {
+        CHECK(::read(ready[0], &byte, 1) == 1);
+        ::kill(child, sent);
+    }
+    int status = 0;
+    CHECK(::waitpid(child, &status, 0) == child);
+    const bool has_left = ::read(left[0], &byte, 1) == 1;
+    ::close(left[0]);
+    ::close(ready[0]);
+    return {has_left, WIFEXITED(status) ? WEXITSTATUS(status) : -1, WIFSIGNALED(status) ? WTERMSIG(status) : 0};
+}
+
+} // namespace
+
+TEST_CASE("An abort of nbdkit's is an end in order") {
+    const End end = end_of([](Gate &, auto) { std::thread([] { std::abort(); }).detach(); });
+    CHECK(end.left);
+    CHECK(end.status == 128 + SIGABRT);
+}
+
+TEST_CASE("An abort in a request writes nothing more") {
+    const End end = end_of([](Gate &gate, auto) {
+        std::thread([&] {
+            const auto entry = gate.enter();
+            std::abort();
+        }).detach();
+    });
+    CHECK_FALSE(end.left);
+    CHECK(end.signal == SIGABRT);
+    const End alone = end_of([](Gate &gate, auto) {
+        const auto entry = gate.enter_alone();
+        std::abort();
+    });
+    CHECK_FALSE(alone.left);
+    CHECK(alone.signal == SIGABRT);
+}
+
+TEST_CASE("A thread that has left its request aborts like any other") {
+    const End end = end_of([](Gate &gate, auto) {
+        std::thread([&] {
+            { const auto entry = gate.enter(); }
+            std::abort();
+        }).detach();
+    });
+    CHECK(end.left);
+    CHECK(end.status == 128 + SIGABRT);
+}
+
+TEST_CASE("SIGABRT from outside, which any thread may get, lets requests finish") {
+    const End end = end_of(
+        [](Gate &gate, auto ready) {
+            const auto entry = gate.enter();
+            ready();
+            std::this_thread::sleep_for(std::chrono::milliseconds(300));
+        },
+        SIGABRT);
+    CHECK(end.left);
+    CHECK(end.status == 128 + SIGABRT);
+}
