@@ -3,8 +3,9 @@
 # Copyright (c) 2026, the qlean authors
 #
 # workloads.sh stress|killed CLUSTER_SIZE DISK_SIZE COUNT [OPTIONS [snapshot]]: COUNT random workloads on images that
-# qemu-img makes with these options, with a snapshot of a disk that has been used before if asked for, each judged by qemu-img check: after a clean end nothing may be wrong, after a kill nothing
-# but leaks (exit status 3), which the next compaction frees. The seed of a workload that fails is printed; SEED=N repeats it.
+# qemu-img makes with these options, with a snapshot of a disk that has been used before if asked for, each judged by
+# qemu-img check: after a clean end nothing may be wrong, after a kill nothing but leaks (exit status 3), which the next
+# compaction frees. The seed of a workload that fails is printed; SEED=N repeats it.
 set -eu
 program=$1 cluster=$2 size=$3 count=$4 options=cluster_size=$2${5:+,$5}
 build=${QLEAN_BUILD:?}
