@@ -50,7 +50,8 @@ void Compact::prepare(const StopCheck &stop) {
     has_packs_ = survey.how_packed.has_value() && !state_.snapshots.any();
     if (has_packs_)
         measure_packs(*survey.how_packed);
-    measure();
+    else
+        measure();
     if (state_.snapshots.any())
         look_at_snapshots(stop);
     // A free tail, such as a killed server leaves, is worth a FLUSH even if nothing moves; so are counts that are too high
@@ -102,7 +103,7 @@ std::uint64_t Compact::most_uncommitted() const {
 Compact::Wanted Compact::wanted(const StopCheck &stop) {
     prepare(stop);
     const std::lock_guard guard(mutex_);
-    return {layout_.end, std::min(site_end_, layout_.end), emptied_};
+    return {layout_.end, std::min(site_end_, layout_.end), has_packs_, emptied_};
 }
 
 // --- the plan -----------------------------------------------------------------------------------------------------
@@ -264,7 +265,7 @@ void Compact::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) {
 void Compact::move_plain(const Work &work, const Wanted &want, const StopCheck &stop) {
     const Geometry &g = state_.geometry;
     if (want.emptied && state_.allocator.retired_bytes() != 0 &&
-        state_.allocator.free_below(want.end) < work.clusters.size())
+        state_.allocator.free_below(want.end) - state_.allocator.free_below(want.site_end) < work.clusters.size())
         image_.give_back(); // what was emptied just now
     // All destinations at once, so that requests in parallel do not shred guest order.
     auto room = state_.allocator.reserve_below(work.clusters.size(), want.end, want.site_end);

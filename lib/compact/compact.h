@@ -49,6 +49,7 @@ class Compact final : public Maintenance {
     struct Wanted {
         HostCluster end;                                  ///< nothing stays at or beyond it
         HostCluster site_end;                             ///< below it, what comes free is for compressed extents
+        bool extents_move; ///< not with snapshots: what one of them may share would only be there twice
         std::shared_ptr<const std::vector<bool>> emptied; ///< nor compressed extents in these
     };
     Wanted wanted(const StopCheck &stop);

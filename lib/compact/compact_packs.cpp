@@ -41,7 +41,6 @@ void Compact::measure_packs(const Packs &packs) {
             const HostCluster end = layout_.end;
             const auto moving = packs.moving(emptied, end);
             const auto site = packs.site(moving.bytes, end, emptied, is_free);
-            site_end_ = site.end;
             live_goal_ = live - std::min(live, moving.packs) + std::max(site.clusters, moving.least) + slack_;
             live_goal_ -= std::min(live_goal_, taken_out);
             measure();
@@ -52,6 +51,9 @@ void Compact::measure_packs(const Packs &packs) {
             break;
         emptied.clear(); // too little would be gained after all
     }
+    // What moves is decided by the end that came out, not by the one it was computed from: room must not be kept for
+    // extents that stay, or what lies beyond the end would find none.
+    site_end_ = packs.site(packs.moving(emptied, layout_.end).bytes, layout_.end, emptied, is_free).end;
     emptied_ = std::make_shared<const std::vector<bool>>(std::move(emptied));
 }
 
@@ -67,7 +69,6 @@ void Compact::refresh(const StopCheck &stop) {
     if (was_open)
         image_.give_back();
     measure_packs(survey_packs(state_, stop));
-    measure();
     if (was_open && state_.allocator.highest_in_use({0}).value < state_.allocator.end())
         gauges_.pending = static_cast<std::int64_t>(++layout_.pending);
 }
@@ -75,18 +76,16 @@ void Compact::refresh(const StopCheck &stop) {
 // --- moves --------------------------------------------------------------------------------------------------------
 
 bool Compact::to_repack(const Mapping &mapping, const Wanted &wanted) const {
-    // What a snapshot may share would only be there twice.
-    if (mapping.kind != Mapping::Kind::compressed || state_.snapshots.any())
+    if (mapping.kind != Mapping::Kind::compressed || !wanted.extents_move)
         return false;
-    std::vector<HostRun> runs;
-    state_.mapper.append_references(runs, mapping);
-    for (const HostRun &run : runs)
-        for (HostCluster c = run.first; c < run.end(); ++c) {
-            if (c >= wanted.end)
-                return true;
-            if (wanted.emptied && c.value < wanted.emptied->size() && (*wanted.emptied)[c.value] && !repacker_.filled(c))
-                return true;
-        }
+    const Geometry &g = state_.geometry;
+    const auto extent = entry::compressed_extent(mapping.bits, g.cluster_bits());
+    const HostCluster last = g.cluster_of(extent.at + (extent.bytes - 1));
+    if (last >= wanted.end)
+        return true;
+    for (HostCluster c = g.cluster_of(extent.at); c <= last; ++c)
+        if (wanted.emptied && c.value < wanted.emptied->size() && (*wanted.emptied)[c.value] && !repacker_.filled(c))
+            return true;
     return false;
 }
 
@@ -125,7 +124,9 @@ void Compact::move_extents(const Work &work, const Wanted &want, const StopCheck
         if (repack(work.extents[i].first, work.extents[i].second, want))
             continue;
         for (; i < work.extents.size(); ++i)
-            unplaced_ += entry::compressed_extent(work.extents[i].second, state_.geometry.cluster_bits()).bytes;
+            unplaced_ += std::max(
+                entry::compressed_extent(work.extents[i].second, state_.geometry.cluster_bits()).bytes,
+                Packs::least_part(state_.geometry));
     }
 }
 

@@ -4,7 +4,6 @@
 
 #include "../refcount_block.h"
 
-
 namespace qlean {
 
 namespace {
@@ -18,7 +17,11 @@ constexpr std::int64_t bearable_share = 64;
 
 Packs::Packs(const Geometry &geometry)
     : geometry_(geometry), unit_(std::max<std::uint64_t>(geometry.cluster_size() / units_per_cluster, 1)),
-      least_(divide_up(geometry.cluster_size(), RefcountView::max(geometry.refcount_order()))) {}
+      least_(least_part(geometry)) {}
+
+std::uint64_t Packs::least_part(const Geometry &geometry) {
+    return divide_up(geometry.cluster_size(), RefcountView::max(geometry.refcount_order()));
+}
 
 template <class F>
 void Packs::each_part(HostOffset at, std::uint64_t bytes, F &&f) const {
@@ -114,7 +117,8 @@ Packs::Site Packs::site(std::uint64_t bytes, HostCluster end, const std::vector<
     const auto wanted = static_cast<std::int64_t>(bytes);
     // An extent does not leap: some room is lost where a stretch of adjacent clusters ends. Rather too much is assumed:
     // an end that turns out too high comes down with the next pass.
-    const auto lost = static_cast<std::int64_t>(std::min(misfit(), size / 2));
+    // Nothing is lost where each extent has its clusters alone.
+    const auto lost = static_cast<std::int64_t>(std::min({misfit(), size - least_, size / 2}));
     Site site{{0}, 0};
     std::int64_t room = 0;
     for (bool adjacent = false; room < wanted && site.end < end; ++site.end) {

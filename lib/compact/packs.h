@@ -20,8 +20,8 @@ class Packs {
     /// The extents of the image, in guest order: neighbours in guest order that are neighbours in the file tell where
     /// the first one ends.
     void add(const CompressedExtent &extent);
-    /// There are any.
-    bool any() const { return !used_.empty(); }
+    /// Bytes of a cluster that an extent takes at the least, for a refcount has a limit.
+    static std::uint64_t least_part(const Geometry &geometry);
 
     using Question = std::function<bool(HostCluster)>;
     /// By host cluster: packs to empty, because what is in them fits into fewer. Whole stretches of packs, for an extent
@@ -51,7 +51,7 @@ class Packs {
 
     Geometry geometry_;
     std::uint64_t unit_;             ///< bytes that one of used_ stands for
-    std::uint64_t least_;            ///< bytes that a part counts for at least: a refcount has a limit
+    std::uint64_t least_;
     std::vector<std::uint16_t> used_; ///< by host cluster, in units
     std::uint64_t bytes_ = 0;  ///< of all extents
     double squares_ = 0;       ///< and their squares

@@ -94,7 +94,7 @@ bool Repacker::open_stretch(std::uint64_t bytes, const Site &site) {
     const std::uint64_t may_grow =
         std::max({std::min(max_grown_bytes >> g.cluster_bits(), state_.allocator.end() / grown_share),
                   min_grown_bytes >> g.cluster_bits(), min_grown_clusters});
-    if (grown_ >= may_grow)
+    if (grown_ >= may_grow || state_.allocator.free_below(site.limit) != 0)
         return below(site.limit);
     const std::uint64_t wanted = std::min(most, std::max(may_grow - grown_, least));
     auto room = state_.allocator.reserve(wanted, Allocator::Growth::now);
@@ -177,7 +177,7 @@ Repacker::Outcome Repacker::move(GuestCluster c, std::uint64_t descriptor, const
     } undo{state_.allocator, to->references};
     const auto moved = compression::describe(to->at, length, g.cluster_bits());
     if (!moved)
-        return Outcome::no_room;
+        return Outcome::gone; // it does not decompress, and is too long to begin anywhere but where it is
 
     const RangeLock::Exclusive guard(state_.ranges, g.offset_of(c), 1, std::try_to_lock);
     if (!guard.owns())

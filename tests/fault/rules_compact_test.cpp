@@ -176,3 +176,46 @@ TEST_CASE("C9: without a backing file a table of unallocated and zero entries is
     CHECK(judge(now).clean());
     s.guest->check(0, s.image->size());
 }
+
+TEST_CASE("C2: what a plan promises can be done, with compressed extents about the end of what is in use") {
+    constexpr std::uint64_t size = 4096;
+    for (std::uint64_t live = 12; live < 18; ++live)
+        for (std::uint64_t extents = 1; extents <= 13; extents += 2)
+            for (std::uint64_t holes = 0; holes <= 3; ++holes)
+                for (std::uint64_t off = 0; off < 3; ++off) {
+                    INFO("up to " << live << ", " << extents << " extents " << off << " clusters behind, " << holes
+                                  << " free clusters before");
+                    ImagePlan plan;
+                    plan.cluster_bits = 12;
+                    plan.virtual_size = 64 * size;
+                    plan.metadata_at = 1;
+                    for (std::uint64_t c = 5; c < live; ++c)
+                        if (c % 2 == 0 || c >= 5 + 2 * holes)
+                            plan.data[c] = c;
+                    for (std::uint64_t i = 0; i < extents; ++i)
+                        plan.compressed[40 + i] = 0;
+                    plan.compressed_at = live + off;
+                    plan.data[60] = 50;
+                    Scene s(build_image(plan).bytes);
+                    const Bytes model = read_all(*s.image);
+                    bool left = true;
+                    {
+                        Compact compact(*s.image, s.ownership, s.gauges, 7);
+                        for (int pass = 0; left && pass < 8; ++pass) {
+                            const auto plan = compact.plan({0}, s.image->size(), 1000);
+                            left = false;
+                            for (const auto &p : plan)
+                                if (p.to_do) {
+                                    left = true;
+                                    compact.run(p.at, p.length, never);
+                                }
+                            compact.commit(never);
+                        }
+                    }
+                    CHECK_FALSE(left);
+                    CHECK(s.gauges.pending == 0);
+                    CHECK(s.disk->length() <= (live + 4) * size); // an extent's end is known to the sector
+                    CHECK((read_all(*s.image) == model));
+                    CHECK(judge(s.disk->bytes()).clean());
+                }
+}
