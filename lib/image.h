@@ -104,11 +104,14 @@ class Image {
 
     enum class Outcome { done, commit_first };
     void with_room(const std::function<Outcome(Allocator::Growth)> &change);
-    /// Where a cluster goes, and whether what surrounds the guest's bytes there reads as zeroes already.
+    /// Where a cluster goes.
     struct Place {
         HostCluster host;
-        bool zero;
+        bool moves; ///< it is another host cluster than before
+        bool zero;  ///< the host reads zeroes there
     };
+    std::optional<std::vector<Place>> places_for(GuestCluster first, std::span<const Mapping> mappings,
+                                                 Allocator::Growth growth, Allocator::Reservation &reserved);
     Place place_in_data_file(GuestCluster c);
     Outcome write_chunk(std::span<const std::byte> from, GuestOffset at, Allocator::Growth growth);
     bool write_in_place(std::span<const std::byte> from, GuestOffset at);
@@ -124,16 +127,10 @@ class Image {
     void zero_host(HostOffset at, std::uint64_t length, Zero how, bool fast);
 
     // Images with extended L2 entries: image_subclusters.cpp.
-    struct SubclusterPlace {
-        HostCluster host;
-        bool moves; ///< it is another host cluster than before
-        bool zero;  ///< the host reads zeroes there
-        subclusters::Bitmap bitmap;
-    };
     Outcome write_subclusters(std::span<const std::byte> from, GuestOffset at, Allocator::Growth growth);
     bool write_owned_subclusters(std::span<const std::byte> from, GuestOffset at);
-    void fill_subclusters(GuestCluster c, const Mapping &m, SubclusterPlace &place, std::uint64_t within,
-                          std::span<const std::byte> bytes);
+    subclusters::Bitmap fill_subclusters(GuestCluster c, const Mapping &m, const Place &place, std::uint64_t within,
+                                         std::span<const std::byte> bytes);
     Outcome zero_subclusters_keeping_space(GuestOffset at, std::uint64_t length, Allocator::Growth growth);
     void zero_subclusters(GuestOffset at, std::uint64_t length, Zero how, bool fast);
     Outcome zero_subclusters_in(GuestOffset at, std::uint64_t length, Zero how, bool fast, Allocator::Growth growth,

@@ -20,9 +20,6 @@ using namespace subclusters;
 
 namespace {
 
-/// The host cluster belongs to this entry alone.
-bool owned(const Mapping &m) { return m.copied && m.has_host(); }
-
 } // namespace
 
 /// Writes where every subcluster is the guest's own already; false, with nothing written, where one is not.
@@ -36,7 +33,7 @@ bool Image::write_owned_subclusters(std::span<const std::byte> from, GuestOffset
     bool possible = true;
     each_cluster(g, at, from.size(), [&](std::uint64_t, GuestCluster c, std::uint64_t within, std::uint64_t n) {
         const Mapping &m = mappings[c - first];
-        possible = possible && owned(m) && (grid.touched(within, n) & ~bitmap_of(m).data()) == 0;
+        possible = possible && m.owned() && (grid.touched(within, n) & ~bitmap_of(m).data()) == 0;
     });
     if (!possible)
         return false;
@@ -60,40 +57,14 @@ Image::Outcome Image::write_subclusters(std::span<const std::byte> from, GuestOf
     const RangeLock::Exclusive guard(state_.ranges, at, from.size());
     state_.mapper.resolve_to_change(first, mappings);
 
-    const bool external = state_.mapper.format().external_data;
-    std::uint64_t wanted = 0;
-    for (const Mapping &m : mappings)
-        wanted += !external && !owned(m);
-    if (!state_.mapper.ensure_table(first, growth))
-        return Outcome::commit_first;
     Allocator::Reservation reserved;
-    if (wanted > 0) {
-        reserved = state_.allocator.reserve(wanted, growth);
-        if (reserved.empty())
-            return Outcome::commit_first;
-    }
-    std::vector<SubclusterPlace> places;
-    places.reserve(mappings.size());
-    auto extent = reserved.extents().begin();
-    std::uint64_t used = 0;
-    for (const Mapping &m : mappings) {
-        if (owned(m)) {
-            places.push_back({m.host, false, false, bitmap_of(m)});
-            continue;
-        }
-        if (external) {
-            const Place place = place_in_data_file(first + places.size());
-            places.push_back({place.host, true, place.zero, bitmap_of(m)});
-            continue;
-        }
-        places.push_back({extent->run.first + used, true, extent->zero, bitmap_of(m)});
-        if (++used == extent->run.count) {
-            ++extent;
-            used = 0;
-        }
-    }
+    const auto places = places_for(first, mappings, growth, reserved);
+    if (!places)
+        return Outcome::commit_first;
+    std::vector<Bitmap> bitmaps;
+    bitmaps.reserve(mappings.size());
     each_cluster(g, at, from.size(), [&](std::uint64_t done, GuestCluster c, std::uint64_t within, std::uint64_t n) {
-        fill_subclusters(c, mappings[c - first], places[c - first], within, from.subspan(done, n));
+        bitmaps.push_back(fill_subclusters(c, mappings[c - first], (*places)[c - first], within, from.subspan(done, n)));
     });
 
     std::vector<HostRun> replaced;
@@ -102,10 +73,10 @@ Image::Outcome Image::write_subclusters(std::span<const std::byte> from, GuestOf
         if (!editor.exists())
             return Outcome::commit_first; // the table was empty and has been given back meanwhile
         for (std::size_t i = 0; i < mappings.size(); ++i) {
-            const L2Words words{entry::data(g.offset_of(places[i].host)), places[i].bitmap.word()};
+            const L2Words words{entry::data(g.offset_of((*places)[i].host)), bitmaps[i].word()};
             if (editor.words(first + i) != words)
                 editor.set_words(first + i, words);
-            if (places[i].moves)
+            if ((*places)[i].moves)
                 state_.mapper.append_references(replaced, mappings[i]);
         }
     }
@@ -114,10 +85,10 @@ Image::Outcome Image::write_subclusters(std::span<const std::byte> from, GuestOf
     return Outcome::done;
 }
 
-/// Writes the guest's bytes to where the cluster lies from now on, with what else of it has to be there, and marks what
-/// was written as data.
-void Image::fill_subclusters(GuestCluster c, const Mapping &m, SubclusterPlace &place, std::uint64_t within,
-                             std::span<const std::byte> bytes) {
+/// Writes the guest's bytes to where the cluster lies from now on, with what else of it has to be there. Gives the bitmap
+/// in which what was written is data.
+Bitmap Image::fill_subclusters(GuestCluster c, const Mapping &m, const Place &place, std::uint64_t within,
+                               std::span<const std::byte> bytes) {
     const Geometry &g = state_.geometry;
     const Grid grid(g);
     const HostOffset host = g.offset_of(place.host);
@@ -125,8 +96,7 @@ void Image::fill_subclusters(GuestCluster c, const Mapping &m, SubclusterPlace &
     const Set touched = grid.touched(within, bytes.size());
     const auto first = static_cast<unsigned>(std::countr_zero(touched));
     const auto last = count - 1 - static_cast<unsigned>(std::countl_zero(touched));
-    const Bitmap before = place.bitmap;
-    place.bitmap = before.with(touched, Kind::data);
+    const Bitmap before = bitmap_of(m), after = before.with(touched, Kind::data);
     // What the guest does not write of a subcluster is there already.
     const auto is_right = [&](unsigned i) {
         if (!place.moves)
@@ -156,7 +126,8 @@ void Image::fill_subclusters(GuestCluster c, const Mapping &m, SubclusterPlace &
         state_.data.write(whole, host + begin);
     });
     if (place.moves && !place.zero && !state_.raw_data)
-        punch_all_but(state_, place.host, place.bitmap.data());
+        punch_all_but(state_, place.host, after.data());
+    return after;
 }
 
 /// Whole clusters within one table read as zeroes, and keep their host clusters where these are theirs.
@@ -178,7 +149,7 @@ Image::Outcome Image::zero_subclusters_keeping_space(GuestOffset at, std::uint64
             mappings[i] = editor.get(first + i); // judged before anything is changed
         for (std::uint64_t i = 0; i < count; ++i)
             if (const Mapping &m = mappings[i]; !state_.contents.is_zero(first + i, m))
-                set_subclusters(state_, editor, first + i, m, all_zero, owned(m), freed);
+                set_subclusters(state_, editor, first + i, m, all_zero, m.owned(), freed);
     }
     state_.allocator.retire(freed);
     return Outcome::done;
@@ -222,7 +193,7 @@ Image::Outcome Image::zero_subclusters_in(GuestOffset at, std::uint64_t length, 
         grid.each_run(before, begin, end - begin, [&](Kind kind, std::uint64_t piece, std::uint64_t bytes) {
             if (is_zero(kind))
                 return;
-            if (kind == Kind::data && owned(m))
+            if (kind == Kind::data && m.owned())
                 zero_host(g.offset_of(m.host) + piece, bytes, how, fast);
             else
                 to_write.push_back({piece, bytes});
@@ -233,7 +204,7 @@ Image::Outcome Image::zero_subclusters_in(GuestOffset at, std::uint64_t length, 
         gone &= ~before.unallocated();
     if (gone == 0)
         return Outcome::done;
-    return give_up_subclusters(c, m, gone, how == Zero::keep_space && owned(m),
+    return give_up_subclusters(c, m, gone, how == Zero::keep_space && m.owned(),
                                how == Zero::may_trim ? grid.span(covered) : Piece{});
 }
 

@@ -23,11 +23,12 @@ void Image::write(std::span<const std::byte> from, GuestOffset at) {
         const auto piece =
             from.first(std::min<std::uint64_t>({from.size(), data_chunk - at.value % data_chunk, table_end - at}));
         before_change(at, piece.size());
-        with_room([&](Allocator::Growth growth) {
+        const auto change = [&](Allocator::Growth growth) {
             if (g.has_subclusters())
                 return write_subclusters(piece, at, growth);
             return write_in_place(piece, at) ? Outcome::done : write_chunk(piece, at, growth);
-        });
+        };
+        with_room(std::ref(change)); // by reference, or each write would allocate memory
         from = from.subspan(piece.size());
         at += piece.size();
     }
@@ -85,7 +86,44 @@ bool Image::write_in_place(std::span<const std::byte> from, GuestOffset at) {
 Image::Place Image::place_in_data_file(GuestCluster c) {
     const HostCluster host{c.value};
     const auto data = state_.data.next_data(state_.geometry.offset_of(host));
-    return {host, !data || *data >= state_.geometry.offset_of(host + 1)};
+    return {host, true, !data || *data >= state_.geometry.offset_of(host + 1)};
+}
+
+/// Where clusters that are written go: where they are if that is theirs alone, else to a new place, held by `reserved`.
+/// Their table exists then. Nothing: commit first.
+std::optional<std::vector<Image::Place>> Image::places_for(GuestCluster first, std::span<const Mapping> mappings,
+                                                           Allocator::Growth growth, Allocator::Reservation &reserved) {
+    const bool external = state_.mapper.format().external_data;
+    std::uint64_t wanted = 0;
+    for (const Mapping &m : mappings)
+        wanted += !external && !m.owned();
+    if (!state_.mapper.ensure_table(first, growth))
+        return std::nullopt;
+    if (wanted > 0) {
+        reserved = state_.allocator.reserve(wanted, growth);
+        if (reserved.empty())
+            return std::nullopt;
+    }
+    std::vector<Place> places;
+    places.reserve(mappings.size());
+    auto extent = reserved.extents().begin();
+    std::uint64_t used = 0;
+    for (const Mapping &m : mappings) {
+        if (m.owned()) {
+            places.push_back({m.host, false, false});
+            continue;
+        }
+        if (external) {
+            places.push_back(place_in_data_file(first + places.size()));
+            continue;
+        }
+        places.push_back({extent->run.first + used, true, extent->zero});
+        if (++used == extent->run.count) {
+            ++extent;
+            used = 0;
+        }
+    }
+    return places;
 }
 
 /// Writes within one L2 table, giving clusters to what has none of its own: account, write, then publish.
@@ -96,50 +134,21 @@ Image::Outcome Image::write_chunk(std::span<const std::byte> from, GuestOffset a
     const RangeLock::Exclusive guard(state_.ranges, at, from.size());
     state_.mapper.resolve_to_change(first, mappings);
 
-    const auto reusable = [](const Mapping &m) { return m.kind == Mapping::Kind::zero_allocated && m.copied; };
-    const bool external = state_.mapper.format().external_data;
-    std::uint64_t wanted = 0;
-    for (const Mapping &m : mappings)
-        wanted += !external && !m.writable_in_place() && !reusable(m);
-    if (!state_.mapper.ensure_table(first, growth))
-        return Outcome::commit_first;
     Allocator::Reservation reserved;
-    if (wanted > 0) {
-        reserved = state_.allocator.reserve(wanted, growth);
-        if (reserved.empty())
-            return Outcome::commit_first;
-    }
+    const auto places = places_for(first, mappings, growth, reserved);
+    if (!places)
+        return Outcome::commit_first;
 
     const bool fresh_is_zero = state_.data.holes_are_zeroes();
-    std::vector<Place> places;
-    places.reserve(mappings.size());
-    auto extent = reserved.extents().begin();
-    std::uint64_t used = 0;
-    for (const Mapping &m : mappings) {
-        if (m.writable_in_place() || reusable(m)) {
-            places.push_back({m.host, false});
-            continue;
-        }
-        if (external) {
-            places.push_back(place_in_data_file(first + places.size()));
-            continue;
-        }
-        places.push_back({extent->run.first + used, extent->zero && fresh_is_zero});
-        if (++used == extent->run.count) {
-            ++extent;
-            used = 0;
-        }
-    }
-
     auto writes = joined<const std::byte>([&](std::span<const std::byte> bytes, HostOffset to) { state_.data.write(bytes, to); });
     std::vector<std::byte> whole;
     each_cluster(g, at, from.size(), [&](std::uint64_t done, GuestCluster c, std::uint64_t within, std::uint64_t n) {
         const Mapping &m = mappings[c - first];
-        const Place &place = places[c - first];
+        const Place &place = (*places)[c - first];
         const HostOffset to = g.offset_of(place.host);
         const bool covers = n == g.cluster_size();
         const bool needs_old = !m.writable_in_place() && !state_.contents.is_zero(c, m);
-        if (m.writable_in_place() || covers || (place.zero && !needs_old)) {
+        if (m.writable_in_place() || covers || (place.zero && fresh_is_zero && !needs_old)) {
             writes.add(from.subspan(done, n), to + within);
             return;
         }
@@ -166,8 +175,8 @@ Image::Outcome Image::write_chunk(std::span<const std::byte> from, GuestOffset a
             const Mapping &m = mappings[i];
             if (m.writable_in_place())
                 continue;
-            editor.set_data(first + i, places[i].host);
-            if (!reusable(m))
+            editor.set_data(first + i, (*places)[i].host);
+            if ((*places)[i].moves)
                 state_.mapper.append_references(replaced, m);
         }
     }

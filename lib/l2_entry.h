@@ -13,8 +13,7 @@ namespace qlean {
 
 /// An L2 entry as a table holds it. `bitmap` belongs to extended L2 entries; without them it is 0.
 struct L2Words {
-    std::uint64_t entry = 0;
-    std::uint64_t bitmap = 0;
+    std::uint64_t entry, bitmap; // not initialised: arrays of these are filled on the way of every request
 
     friend bool operator==(const L2Words &, const L2Words &) = default;
 };
@@ -50,6 +49,8 @@ struct Mapping {
         return kind == Kind::data || kind == Kind::zero_allocated || kind == Kind::mixed_allocated;
     }
     bool is_mixed() const { return kind == Kind::mixed || kind == Kind::mixed_allocated; }
+    /// The host cluster belongs to this entry alone.
+    bool owned() const { return copied && has_host(); }
     bool writable_in_place() const { return kind == Kind::data && copied; }
     bool is_zero() const { return kind == Kind::zero || kind == Kind::zero_allocated; }
     friend bool operator==(const Mapping &, const Mapping &) = default;
