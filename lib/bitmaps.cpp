@@ -80,9 +80,9 @@ std::optional<BitmapDirectory> Bitmaps::read(File &file, const Header &header, s
 }
 
 Bitmaps::Bitmaps(BitmapDirectory directory, const Geometry &geometry, File &file, HeaderHome &header,
-                 Refcounts &refcounts, Allocator &allocator, WriteBack &write_back, Metadata metadata)
+                 Refcounts &refcounts, Allocator &allocator, WriteBack &write_back, Claims &claims, Metadata metadata)
     : geometry_(geometry), file_(file), header_(header), refcounts_(refcounts), allocator_(allocator),
-      write_back_(write_back), metadata_(std::move(metadata)), directory_(directory.at),
+      write_back_(write_back), claims_(claims), metadata_(std::move(metadata)), directory_(directory.at),
       directory_bytes_(directory.bytes), entries_(std::move(directory.entries)) {}
 
 // --- where things are ---------------------------------------------------------------------------------------------
@@ -196,6 +196,7 @@ void Bitmaps::write_flags(std::size_t i, std::uint32_t flags) {
 /// Why nothing of the bitmaps may be written in place: a cluster of theirs may hold something else too.
 std::optional<std::string> Bitmaps::unsafe() const {
     std::vector<HostRun> own = runs();
+    claims_.taken(own);
     const auto overlap = [](const HostRun &a, const HostRun &b) { return a.first < b.end() && b.first < a.end(); };
     std::sort(own.begin(), own.end(), [](const HostRun &a, const HostRun &b) { return a.first < b.first; });
     for (std::size_t i = 1; i < own.size(); ++i)

@@ -14,6 +14,7 @@
 
 #include "allocator.h"
 #include "bitmap_directory.h"
+#include "claims.h"
 #include "dirty_bits.h"
 #include "header_home.h"
 #include "refcounts.h"
@@ -36,7 +37,7 @@ class Bitmaps {
     /// clusters of the file.
     static std::optional<BitmapDirectory> read(File &file, const Header &header, std::uint64_t end);
     Bitmaps(BitmapDirectory directory, const Geometry &geometry, File &file, HeaderHome &header, Refcounts &refcounts,
-            Allocator &allocator, WriteBack &write_back, Metadata metadata);
+            Allocator &allocator, WriteBack &write_back, Claims &claims, Metadata metadata);
 
     /// To be called after WriteBack::before_change() and before anything of the range changes, with no lock held.
     /// The first call makes in_use durable.
@@ -115,6 +116,7 @@ class Bitmaps {
     Refcounts &refcounts_;
     Allocator &allocator_;
     WriteBack &write_back_;
+    Claims &claims_;
     Metadata metadata_;
     std::function<void(const std::exception &)> report_;
 

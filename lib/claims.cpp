@@ -12,7 +12,7 @@ std::uint64_t host_clusters(const Geometry &g) { return std::uint64_t{1} << (hos
 
 Claims::Claims(const Geometry &geometry, const EntryFormat &format, std::uint64_t slices, MetadataGuard &guard)
     : geometry_(geometry), format_(format), guard_(guard), known_(slices), data_(host_clusters(geometry)),
-      extents_(host_clusters(geometry)), twice_(host_clusters(geometry)) {}
+      extents_(host_clusters(geometry)), structures_(host_clusters(geometry)), twice_(host_clusters(geometry)) {}
 
 void Claims::found_twice(HostCluster c) {
     // Of metadata the guard knows already, and such an entry is not to be used at all.
@@ -24,8 +24,11 @@ void Claims::found_twice(HostCluster c) {
 
 void Claims::taken(const std::vector<HostRun> &runs) {
     for (const HostRun &run : runs)
-        for (HostCluster c = run.first; c < run.end(); ++c)
-            data_.set(c.value);
+        for (HostCluster c = run.first; c < run.end(); ++c) {
+            structures_.set(c.value);
+            if (data_.has(c.value))
+                found_twice(c);
+        }
 }
 
 void Claims::read(std::uint64_t slice, std::span<const std::uint64_t> words) {
@@ -36,7 +39,7 @@ void Claims::read(std::uint64_t slice, std::span<const std::uint64_t> words) {
         const Mapping m = entry::decode({words[i], step == 2 ? words[i + 1] : 0}, format_);
         if (m.has_host()) {
             const bool before = data_.set(m.host.value);
-            if (before || extents_.has(m.host.value))
+            if (before || extents_.has(m.host.value) || structures_.has(m.host.value))
                 found_twice(m.host);
         } else if (m.kind == Mapping::Kind::compressed) {
             const auto extent = entry::compressed_extent(m.bits, geometry_.cluster_bits());

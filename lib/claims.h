@@ -21,7 +21,7 @@ class Claims {
     /// `slices`: how many there can be. `guard` is told what is claimed twice.
     Claims(const Geometry &geometry, const EntryFormat &format, std::uint64_t slices, MetadataGuard &guard);
 
-    /// What the image uses besides its active tables and the guest's data. Before anything is read.
+    /// What the image uses besides its active tables and the guest's data. Any thread.
     void taken(const std::vector<HostRun> &runs);
     /// The entries of a slice as read from the file, in host byte order. Only the first time counts. Any thread.
     void read(std::uint64_t slice, std::span<const std::uint64_t> words);
@@ -35,7 +35,7 @@ class Claims {
     EntryFormat format_;
     MetadataGuard &guard_;
     SparseBits known_; // slices
-    SparseBits data_, extents_, twice_; // host clusters
+    SparseBits data_, extents_, structures_, twice_; // host clusters
 };
 
 } // namespace qlean

@@ -34,7 +34,7 @@ State::State(Opened o)
       mapper(geometry, o.header.entry_format(), file, l1, l2, snapshots, allocator, compressed, refcounts, guard, claims),
       contents(geometry, data, backing.get(), compressed),
       bitmaps(o.bitmaps ? std::make_unique<Bitmaps>(std::move(*o.bitmaps), geometry, file, header, refcounts, allocator,
-                                                    write_back, [this] { return metadata_runs(); })
+                                                    write_back, claims, [this] { return metadata_runs(); })
                         : nullptr),
       cache_bytes(o.cache_bytes), opened_end(o.end) {
     bool apart = guard.add({{0}, 1});
@@ -47,8 +47,6 @@ State::State(Opened o)
     if (!read_only) {
         claims.taken(snapshots.metadata_runs());
         claims.taken({encryption_header});
-        if (bitmaps)
-            claims.taken(bitmaps->runs());
     }
     if (bitmaps)
         write_back.keep_up(Header::autoclear_bitmaps);
