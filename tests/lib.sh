@@ -88,6 +88,19 @@ eventually() {
     done
 }
 
+# refused IMAGE PATTERN [PARAMETERS]: nbdkit does not serve it, and says why in one line that matches; the image stays as it is
+refused() {
+    local image=$1 pattern=$2 before='' rc=0
+    shift 2
+    [ ! -f "$image" ] || before=$(sha "$image")
+    timeout 20 nbdkit -U - "$PLUGIN" file="$image" "$@" --run true >"$W/out.txt" 2>"$W/err.txt" </dev/null || rc=$?
+    { [ $rc != 0 ] && [ $rc -lt 124 ]; } || fail "$image $*: status $rc instead of a refusal: $(cat "$W/err.txt")"
+    [ "$(wc -l <"$W/err.txt")" = 1 ] || fail "$image $*: not one line but: $(cat "$W/err.txt")"
+    grep -Eqi -- "$pattern" "$W/err.txt" || fail "$image $*: the sentence does not say '$pattern': $(cat "$W/err.txt")"
+    [ -z "$before" ] || [ "$(sha "$image")" = "$before" ] || fail "$image $*: the image was changed"
+    echo "  ${image##*/}${*:+ $*}: $(sed 's/^nbdkit: error: //' "$W/err.txt")"
+}
+
 # --- images -----------------------------------------------------------------------------------------------------
 
 create() { qemu-img create -q -f qcow2 "$@"; } # create [-o OPTIONS] FILE SIZE
@@ -101,6 +114,7 @@ create_luks() {
     done
     fail "no LUKS image after $try attempts: $(cat "$W/create_luks.txt")"
 }
+mark() { printf %b "\\x0$2" | dd of="$1" bs=1 seek=79 conv=notrunc status=none; } # mark IMAGE BITS: incompatible features
 length() { stat -c %s "$1"; }
 allocated() { echo $(($(stat -c '%b * %B' "$1"))); }
 sha() { sha256sum <"$1" | cut -d' ' -f1; }

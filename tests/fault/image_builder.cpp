@@ -83,8 +83,8 @@ std::vector<Extent> compress(const ImagePlan &plan) {
 
 std::byte filled(std::uint64_t at) { return std::byte(1 + (at * 2654435761u >> 9) % 255); }
 
-ImagePlan &ImagePlan::map_all(std::uint64_t first, std::uint64_t stride) {
-    for (std::uint64_t c = 0; c < guest_clusters(); ++c)
+ImagePlan &ImagePlan::map(std::uint64_t count, std::uint64_t first, std::uint64_t stride) {
+    for (std::uint64_t c = 0; c < count; ++c)
         data[c] = first + c * stride;
     return *this;
 }

@@ -40,8 +40,9 @@ struct ImagePlan {
     /// Two bitmaps of 512 bytes a bit, after the other metadata: one enabled and empty, one disabled with bits stored.
     bool bitmaps = false;
 
-    /// Every guest cluster, in order, from host cluster `first` on, `stride` apart.
-    ImagePlan &map_all(std::uint64_t first, std::uint64_t stride = 1);
+    /// The first `count` guest clusters, in order, from host cluster `first` on, `stride` apart; or all of them.
+    ImagePlan &map(std::uint64_t count, std::uint64_t first, std::uint64_t stride = 1);
+    ImagePlan &map_all(std::uint64_t first, std::uint64_t stride = 1) { return map(guest_clusters(), first, stride); }
     std::uint64_t guest_clusters() const { return divide_up(virtual_size, std::uint64_t{1} << cluster_bits); }
 };
 

@@ -19,9 +19,7 @@ constexpr std::uint64_t cluster = 512;
 BuiltImage mapped_image(std::uint64_t guest_clusters = 64, std::uint64_t mapped = 32) {
     ImagePlan plan;
     plan.virtual_size = guest_clusters * cluster;
-    for (std::uint64_t c = 0; c < mapped; ++c)
-        plan.data[c] = 8 + c;
-    return build_image(plan);
+    return build_image(plan.map(mapped, 8));
 }
 
 std::uint64_t syncs(const FaultyDisk &disk) { return disk.count(mask(Op::sync)); }

@@ -162,8 +162,7 @@ TEST_CASE("C3: the walks read around the cache, with what is dirty overlaid") {
 TEST_CASE("C9: without a backing file a table of unallocated and zero entries is empty, and goes") {
     ImagePlan plan;
     plan.virtual_size = 4 * 64 * cluster;
-    for (std::uint64_t c = 0; c < 64; ++c)
-        plan.data[c] = 10 + c;
+    plan.map(64, 10);
     for (std::uint64_t c = 64; c < 4 * 64; ++c)
         plan.zero.push_back(c); // as QEMU trims
     Scene s(build_image(plan).bytes);

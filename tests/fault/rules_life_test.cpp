@@ -23,6 +23,13 @@ ImagePlan usual(std::uint64_t clusters, std::uint64_t stride = 1) {
     return plan.map_all(4, stride);
 }
 
+/// 512-byte clusters: guest cluster c, of 64, at host cluster 8 + c.
+Bytes full_of_small_ones() {
+    ImagePlan plan;
+    plan.virtual_size = 64 * 512;
+    return build_image(plan.map_all(8)).bytes;
+}
+
 } // namespace
 
 TEST_CASE("A1: trimming or zeroing part of a cluster gives its host bytes back, and no others") {
@@ -155,9 +162,7 @@ TEST_CASE("A7: a new table on a reused cluster holds nothing of what was there")
     ImagePlan plan;
     plan.cluster_bits = 13;
     plan.virtual_size = 16 * mib;
-    for (std::uint64_t c = 0; c < 64; ++c)
-        plan.data[c] = 4 + c;
-    Scene s(build_image(plan).bytes);
+    Scene s(build_image(plan.map(64, 4)).bytes);
     s.disk->refuse_punch(true);
     s.image->trim({0}, 64 * 8192);
     s.image->give_back();
@@ -172,10 +177,7 @@ TEST_CASE("A7: a new table on a reused cluster holds nothing of what was there")
 TEST_CASE("A freed cluster is not used, punched or cut off while its old entry may be durable") {
     const std::uint64_t seed = fresh_seed();
     INFO("QLEAN_SEED=" << seed);
-    ImagePlan plan;
-    plan.virtual_size = 64 * 512;
-    plan.map_all(8);
-    Scene s(build_image(plan).bytes);
+    Scene s(full_of_small_ones());
     s.guest->flush();
     for (int round = 0; round < 3; ++round) {
         s.guest->trim(0, 40 * 512);
@@ -188,10 +190,7 @@ TEST_CASE("A freed cluster is not used, punched or cut off while its old entry m
 }
 
 TEST_CASE("A cluster is not reused while a read of its old content is under way") {
-    ImagePlan plan;
-    plan.virtual_size = 64 * 512;
-    plan.map_all(8);
-    Scene s(build_image(plan).bytes);
+    Scene s(full_of_small_ones());
     const Bytes old = read_some(*s.image, 0, 512);
     Beside read, trim;
     Bytes got;

@@ -96,8 +96,7 @@ TEST_CASE("A4c, A4f: every power cut during the moves of L1, refcount table, blo
 TEST_CASE("A4d: a table that is found empty and given back does not take a write under way with it") {
     ImagePlan plan;
     plan.virtual_size = 4 * 64 * cluster;
-    for (std::uint64_t c = 0; c < 64; ++c)
-        plan.data[c] = 10 + c;
+    plan.map(64, 10);
     plan.zero = {3 * 64 + 5}; // a table of nothing
     const BuiltImage built = build_image(plan);
     Scene s(built.bytes);
@@ -238,8 +237,7 @@ TEST_CASE("A5: with fewer refcounts than references nothing is moved, and 'check
 TEST_CASE("A5: a clean shutdown does not cut off a cluster whose refcount is wrong") {
     ImagePlan plan;
     plan.virtual_size = 64 * cluster;
-    for (std::uint64_t c = 0; c < 40; ++c)
-        plan.data[c] = 200 + c; // enough is free below to link refcount blocks ahead
+    plan.map(40, 200); // enough is free below to link refcount blocks ahead
     plan.metadata_at = 1;
     BuiltImage built = build_image(plan);
     store_be<std::uint16_t>(built.bytes, built.refcount_at(239), 0); // the last cluster of the file

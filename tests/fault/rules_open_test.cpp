@@ -86,6 +86,13 @@ struct Neighbour {
     int fd;
 };
 
+/// 64 guest clusters, all mapped, from host cluster 8 on.
+Bytes full_image() {
+    ImagePlan plan;
+    plan.virtual_size = 64 * cluster;
+    return build_image(plan.map_all(8)).bytes;
+}
+
 Error::Kind kind_of_failure(const std::function<void()> &f) {
     try {
         f();
@@ -189,10 +196,7 @@ TEST_CASE("C5: requests larger than all stripes, by many threads, in every direc
 }
 
 TEST_CASE("C8: after a failed sync nothing is accepted, freed, punched, cut or marked clean") {
-    ImagePlan plan;
-    plan.virtual_size = 64 * cluster;
-    plan.map_all(8);
-    Scene s(build_image(plan).bytes);
+    Scene s(full_image());
     s.image->trim({0}, 20 * cluster);
     bool told = false;
     s.image->state().write_back.on_poison([&] { told = true; });
@@ -219,10 +223,7 @@ TEST_CASE("C8: after a failed sync nothing is accepted, freed, punched, cut or m
 }
 
 TEST_CASE("C8: punching and cutting in the background stop with the poison as well") {
-    ImagePlan plan;
-    plan.virtual_size = 64 * cluster;
-    plan.map_all(8);
-    Scene s(build_image(plan).bytes);
+    Scene s(full_image());
     s.image->trim({0}, 60 * cluster);
     s.image->state().write_back.commit(WriteBack::Give::back); // freed, but not punched yet
     Fault fault;

@@ -8,7 +8,6 @@
 need qemu-img qemu-io nbdcopy
 cd "$W"
 fill() { qemu-io -f qcow2 -c 'write -P 1 0 3M' -c 'write -P 2 3500k 100k' -c 'write -z 1M 300k' -c 'write -P 3 5M 1M' -c 'discard 5500k 64k' "$1" >/dev/null; }
-mark() { printf "\\x0$2" | dd of="$1" bs=1 seek=79 conv=notrunc status=none; } # mark IMAGE BITS: incompatible features
 # play IMAGE [QEMU'S OPTIONS]: a guest, its model, the judge; base.qcow2 stays as it is
 play() {
     local before

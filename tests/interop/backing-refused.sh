@@ -7,17 +7,6 @@
 . "$(dirname "$0")/../lib.sh"
 need qemu-img qemu-io qemu-nbd
 
-# refused IMAGE PATTERN: not served; one sentence says why; the image stays as it is
-refused() {
-    local before rc=0
-    before=$(sha "$1")
-    timeout 20 nbdkit -U - "$PLUGIN" file="$1" --run true >"$W/out.txt" 2>"$W/err.txt" || rc=$?
-    { [ $rc != 0 ] && [ $rc -lt 124 ]; } || fail "$1: status $rc: $(cat "$W/err.txt")"
-    [ "$(wc -l <"$W/err.txt")" = 1 ] || fail "$1: not one line but: $(cat "$W/err.txt")"
-    grep -Eqi -- "$2" "$W/err.txt" || fail "$1: the sentence does not say $2: $(cat "$W/err.txt")"
-    [ "$(sha "$1")" = "$before" ] || fail "$1: the image was changed"
-    echo "  $(sed 's/^nbdkit: error: //' "$W/err.txt")"
-}
 served() { timeout 20 nbdkit -U - "$PLUGIN" file="$1" --run true >"$W/err.txt" 2>&1 || fail "$1: $(cat "$W/err.txt")"; }
 over() { create -u -b "$2" -F "${3:-qcow2}" "$1" 16M; } # over IMAGE BACKING [FORMAT]
 

@@ -139,8 +139,6 @@ failed_sync() {
         fail "repaired by what is cached after a failed sync"
 }
 
-# mark IMAGE BIT
-mark() { printf "\\x0$2" | dd of="$1" bs=1 seek=79 conv=notrunc status=none; }
 marks_of() { qemu-img info -U --output=json "$1" | jq -c '."format-specific".data.corrupt, ."dirty-flag"' | tr '\n' ' '; }
 
 # lazy: a guest of QEMU is killed with lazy refcounts, so that they are wrong

@@ -16,33 +16,24 @@ same() {
     [ $mode != raw ] || cmp -n "$(length "$W/model")" "$2" "$W/model" || fail "the raw data file is not the guest's disk"
 }
 
-refuses() { # WHAT PATTERN: $image is refused, in one line
-    local rc=0
-    timeout 20 nbdkit -U - "$PLUGIN" file="$image" --run true >"$W/out.txt" 2>"$W/err.txt" || rc=$?
-    { [ $rc != 0 ] && [ $rc -lt 124 ]; } || fail "$1: status $rc: $(cat "$W/err.txt")"
-    [ "$(wc -l <"$W/err.txt")" = 1 ] || fail "$1: not one line but: $(cat "$W/err.txt")"
-    grep -Eq -- "$2" "$W/err.txt" || fail "$1: the sentence does not say '$2': $(cat "$W/err.txt")"
-    echo "  $1: $(sed 's/^nbdkit: error: //' "$W/err.txt")"
-}
-
 if [ $mode = refused ]; then
     image=$W/disk.qcow2 data=$W/disk.data
     create -o data_file="$data",data_file_raw=on "$image" 1M
     reads='assert h.pread(1 << 20, 0) == bytes(1 << 20)'
     mv "$data" "$data.away"
-    refuses missing 'cannot be found.*data-file='
+    refused "$image" 'cannot be found.*data-file='
     start_server "$image" data-file="$data.away" # wherever it is now
     nbdsh_do "$URI" "$reads"
     status .data_file
     stop_server
     mkdir "$data"
-    refuses directory 'not a regular file'
+    refused "$image" 'not a regular file'
     rmdir "$data"
     ln -s "$image" "$data"
-    refuses itself 'itself'
+    refused "$image" 'itself'
     rm "$data"
     head -c 1000000 /dev/zero >"$data"
-    refuses 'too short' 'truncated.*1048576 bytes, but has 1000000'
+    refused "$image" 'truncated.*1048576 bytes, but has 1000000'
     mv "$data.away" "$data"
 
     # QEMU's locks: both sides see each other, also where only the data file is shared
@@ -50,11 +41,11 @@ if [ $mode = refused ]; then
     start_server "$image"
     image=$W/other.qcow2
     expect_failure 'a second writer of the data file' qemu-io -f qcow2 -c 'write 0 64k' "$image"
-    refuses 'in use by us' 'disk.data.* in use by another process'
+    refused "$image" 'disk.data.* in use by another process'
     stop_server
     run_pid "$W/qemu-nbd.log" qemu-nbd -t -k "$W/q" -f qcow2 "$W/disk.qcow2"
     eventually 10 test -S "$W/q" || fail "qemu-nbd did not start"
-    refuses 'in use by QEMU' 'disk.data.* in use by another process'
+    refused "$image" 'disk.data.* in use by another process'
     end_pid "$PID"
 
     # Relative names: QEMU's from the current directory, everybody else's from the image's
@@ -66,13 +57,13 @@ if [ $mode = refused ]; then
     nbdsh_do "$URI" "$reads"
     stop_server
     mv "$W/a/x.data" "$W/b"
-    refuses elsewhere 'neither beside the image nor in the current directory'
+    refused "$image" 'neither beside the image nor in the current directory'
     cd "$W/b"
     start_server "$image"
     nbdsh_do "$URI" "$reads"
     stop_server
     cp x.data "$W/a"
-    refuses ambiguous 'beside the image, and another in the current directory.*data-file='
+    refused "$image" 'beside the image, and another in the current directory.*data-file='
     start_server "$image" data-file=x.data
     nbdsh_do "$URI" "$reads"
     stop_server

@@ -12,9 +12,9 @@ qemu-io -c 'write -P 1 0 1M' "$image" >/dev/null
 rw=(nbdkit -U - "$PLUGIN" file="$image" --run true)
 ro=(nbdkit -r -U - "$PLUGIN" file="$image" --run true)
 reads() { "$@" >"$W/out.txt" 2>&1 || fail "refused but harmless while $state: $*: $(cat "$W/out.txt")"; }
-refused() { expect_failure "$state: $1" "$@"; }
+shut_out() { expect_failure "$state: $1" "$@"; }
 locked() {
-    refused "$@"
+    shut_out "$@"
     grep -qi 'write. lock\|shared .* lock\|in use by another' "$W/failed.txt" || fail "no word of a lock: $(cat "$W/failed.txt")"
 }
 write=(qemu-io -f qcow2 -c 'write -P 2 0 64k')

@@ -10,7 +10,7 @@ need qemu-img qemu-io qemu-nbd nbdinfo jq
 
 M=$((1 << 20))
 resize() { "$QLEAN" resize "$@" >"$W/qlean.log" 2>&1 || fail "qlean resize $*: $(cat "$W/qlean.log")"; }
-refused() { # PATTERN ARGUMENTS
+not_resized() { # PATTERN ARGUMENTS
     local pattern=$1
     shift
     if "$QLEAN" resize "$@" >"$W/qlean.log" 2>&1; then fail "qlean resize $* succeeded"; fi
@@ -138,13 +138,13 @@ judge "$W/flight.qcow2"
 
 say "refusals leave everything as it is"
 start_server "$W/busy.qcow2"
-refused 'cut off what is in use' "$SOCK" 512M
-refused 'multiple of 512' "$SOCK" 2000000001
-refused '32 MiB' "$SOCK" 8000000T
+not_resized 'cut off what is in use' "$SOCK" 512M
+not_resized 'multiple of 512' "$SOCK" 2000000001
+not_resized '32 MiB' "$SOCK" 8000000T
 [ "$(nbdinfo --size "$URI")" = $((1024 * M)) ]
 stop_server
 start_server "$W/busy.qcow2" -r
-refused 'read-only' "$SOCK" 2G
+not_resized 'read-only' "$SOCK" 2G
 stop_server
 judge "$W/busy.qcow2"
 
@@ -207,7 +207,7 @@ start_server "$W/snap.qcow2"
 stop_server
 create -o compat=0.10 "$W/snap2.qcow2" 16M
 qemu-img snapshot -c one "$W/snap2.qcow2"
-refused 'version 2' "$W/snap2.qcow2" 1G
+not_resized 'version 2' "$W/snap2.qcow2" 1G
 ! qemu-img resize -q "$W/snap2.qcow2" 1G 2>/dev/null || fail "QEMU resizes what we do not"
 
 say "bitmaps grow with the disk"
@@ -236,6 +236,6 @@ bits() {
 start_server "$image"
 nbdsh_do "$URI" 'h.pwrite(b"a" * 512, 6 << 20)'
 kill_server
-refused 'inconsistent' "$image" 1G
+not_resized 'inconsistent' "$image" 1G
 expect_size "$image" $((256 * M))
 judge_killed "$image"

@@ -22,9 +22,7 @@ BuiltImage some_mapped() {
     plan.cluster_bits = 12;
     plan.virtual_size = 4 * per_table * cluster;
     plan.metadata_at = 4;
-    for (std::uint64_t c = 0; c < 64; ++c)
-        plan.data[c] = 20 + c;
-    return build_image(plan);
+    return build_image(plan.map(64, 20));
 }
 
 } // namespace

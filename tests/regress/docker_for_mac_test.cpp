@@ -25,9 +25,7 @@ Bytes far_away() {
     ImagePlan plan;
     plan.cluster_bits = 16;
     plan.virtual_size = 64 * cluster;
-    for (std::uint64_t c = 0; c < 48; ++c)
-        plan.data[c] = 70 + c;
-    return build_image(plan).bytes;
+    return build_image(plan.map(48, 70)).bytes;
 }
 
 /// Something the guest does while somebody else is stuck: it must not be stuck, too. `unstick` lets a test end that

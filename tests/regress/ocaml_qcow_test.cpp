@@ -31,9 +31,7 @@ ImagePlan tables_far_away() {
     plan.cluster_bits = 12;
     plan.virtual_size = 256 * cluster;
     plan.metadata_at = 300;
-    for (std::uint64_t c = 0; c < 48; ++c)
-        plan.data[c] = 1 + c;
-    return plan;
+    return plan.map(48, 1);
 }
 
 bool any_overlaps(const std::vector<Request> &requests, std::uint64_t at, std::uint64_t length) {

@@ -19,9 +19,7 @@ Bytes mapped_everywhere() {
     ImagePlan plan;
     plan.cluster_bits = 16;
     plan.virtual_size = 40 * cluster;
-    for (std::uint64_t c = 0; c < 32; ++c)
-        plan.data[c] = 6 + c;
-    return build_image(plan).bytes;
+    return build_image(plan.map(32, 6)).bytes;
 }
 
 /// A trim of anything: the bytes stay what they were or become zeroes, and the others are left alone.

@@ -53,8 +53,7 @@ TEST_CASE("UTM#4377: a refcount block that lies in its own region does not keep 
     ImagePlan plan;
     plan.cluster_bits = 12;
     plan.virtual_size = 512 * cluster;
-    for (std::uint64_t c = 0; c < 100; ++c)
-        plan.data[c] = 1900 + c;
+    plan.map(100, 1900);
     plan.metadata_at = 2200; // beyond the first 2048 clusters, so that two blocks are needed, and the second says so
     const BuiltImage built = build_image(plan);
     REQUIRE(built.refcount_blocks.size() == 2);

@@ -24,8 +24,7 @@ constexpr std::uint64_t cluster = 512;
 Scene allocator_scene() {
     ImagePlan plan;
     plan.virtual_size = 64 * cluster;
-    for (std::uint64_t c = 0; c < 20; ++c)
-        plan.data[c] = 10 + 2 * c;
+    plan.map(20, 10, 2);
     plan.metadata_at = 60;
     return Scene(build_image(plan).bytes);
 }

@@ -19,8 +19,7 @@ constexpr std::uint64_t cluster = 512;
 BuiltImage sound_image() {
     ImagePlan plan;
     plan.virtual_size = 200 * cluster;
-    for (std::uint64_t c = 0; c < 100; ++c)
-        plan.data[c] = 2 + c;
+    plan.map(100, 2);
     plan.metadata_at = 110;
     return build_image(plan);
 }
@@ -106,8 +105,7 @@ TEST_CASE("What claims metadata is not changed by pieces of less than a cluster 
     plan.cluster_bits = 14;
     plan.virtual_size = 12 * size;
     plan.extended = true;
-    for (std::uint64_t c = 0; c < 8; ++c)
-        plan.data[c] = 2 + c;
+    plan.map(8, 2);
     plan.metadata_at = 12;
     const BuiltImage sound = build_image(plan);
     const std::vector<std::pair<const char *, std::uint64_t>> places = {
@@ -267,8 +265,7 @@ TEST_CASE("A cluster that an entry calls its own, and a snapshot has, stays as t
 TEST_CASE("Data that claims a cluster of compressed extents, or a snapshot's table, is copied away from it") {
     ImagePlan plan;
     plan.virtual_size = 200 * cluster;
-    for (std::uint64_t c = 0; c < 50; ++c)
-        plan.data[c] = 2 + c;
+    plan.map(50, 2);
     for (std::uint64_t c = 60; c < 64; ++c)
         plan.compressed[c] = 40;
     plan.compressed_at = 100;
