@@ -8,42 +8,38 @@
 
 namespace qlean {
 
-namespace {
+SparseBits::SparseBits(std::uint64_t count)
+    : branch_count_(divide_up(count, branch_bits)),
+      branches_(std::make_unique<std::atomic<Branch *>[]>(branch_count_)) {}
 
 template <class T>
-T *zeroed(std::uint64_t count) {
-    void *memory = std::calloc(count, sizeof(T));
-    if (memory == nullptr)
+T *SparseBits::make(std::atomic<T *> &at) {
+    if (T *there = at.load(std::memory_order_acquire))
+        return there;
+    const std::lock_guard guard(mutex_);
+    if (T *there = at.load(std::memory_order_acquire))
+        return there;
+    made_.emplace_back(std::calloc(1, sizeof(T)));
+    if (!made_.back()) {
+        made_.pop_back();
         throw std::bad_alloc();
-    return static_cast<T *>(memory);
+    }
+    T *made = static_cast<T *>(made_.back().get());
+    at.store(made, std::memory_order_release);
+    return made;
 }
 
-} // namespace
-
-SparseBits::SparseBits(std::uint64_t count)
-    : chunk_count_(divide_up(count, chunk_bits)), chunks_owner_(zeroed<std::atomic<Chunk *>>(chunk_count_)),
-      chunks_(chunks_owner_.get()) {}
-
 bool SparseBits::set(std::uint64_t i) {
-    if (i / chunk_bits >= chunk_count_)
+    if (i / branch_bits >= branch_count_)
         return false;
-    std::atomic<Chunk *> &at = chunks_[i / chunk_bits];
-    Chunk *chunk = at.load(std::memory_order_acquire);
-    if (chunk == nullptr) {
-        const std::lock_guard guard(mutex_);
-        chunk = at.load(std::memory_order_acquire);
-        if (chunk == nullptr) {
-            made_.emplace_back(zeroed<Chunk>(1));
-            chunk = made_.back().get();
-            at.store(chunk, std::memory_order_release);
-        }
-    }
+    Branch *branch = make(branches_[i / branch_bits]);
+    Chunk *chunk = make(branch->chunks[i % branch_bits / chunk_bits]);
     return chunk->words[word_of(i)].fetch_or(bit_of(i)) & bit_of(i);
 }
 
 void SparseBits::clear(std::uint64_t i) {
     if (has(i))
-        chunks_[i / chunk_bits].load(std::memory_order_acquire)->words[word_of(i)].fetch_and(~bit_of(i));
+        find(i)->words[word_of(i)].fetch_and(~bit_of(i));
 }
 
 } // namespace qlean

@@ -20,9 +20,7 @@ class SparseBits {
     explicit SparseBits(std::uint64_t count);
 
     bool has(std::uint64_t i) const {
-        if (i / chunk_bits >= chunk_count_)
-            return false;
-        const Chunk *chunk = chunks_[i / chunk_bits].load(std::memory_order_acquire);
+        const Chunk *chunk = find(i);
         return chunk != nullptr && (chunk->words[word_of(i)].load(std::memory_order_relaxed) & bit_of(i)) != 0;
     }
     /// True if it was set before.
@@ -31,8 +29,13 @@ class SparseBits {
 
   private:
     static constexpr std::uint64_t chunk_bits = std::uint64_t{1} << 22;
+    static constexpr std::uint64_t branch_chunks = 4096;
+    static constexpr std::uint64_t branch_bits = chunk_bits * branch_chunks;
     struct Chunk {
         std::atomic<std::uint64_t> words[chunk_bits / 64];
+    };
+    struct Branch {
+        std::atomic<Chunk *> chunks[branch_chunks];
     };
     struct Free {
         void operator()(void *memory) const { std::free(memory); }
@@ -40,12 +43,20 @@ class SparseBits {
     static std::uint64_t word_of(std::uint64_t i) { return i % chunk_bits / 64; }
     static std::uint64_t bit_of(std::uint64_t i) { return std::uint64_t{1} << i % 64; }
 
-    // Zeroes that cost no memory until they are written, so that it does not matter how many there could be.
-    std::uint64_t chunk_count_;
-    std::unique_ptr<std::atomic<Chunk *>, Free> chunks_owner_;
-    std::atomic<Chunk *> *chunks_;
-    std::mutex mutex_; // making a chunk
-    std::vector<std::unique_ptr<Chunk, Free>> made_;
+    Chunk *find(std::uint64_t i) const {
+        if (i / branch_bits >= branch_count_)
+            return nullptr;
+        const Branch *branch = branches_[i / branch_bits].load(std::memory_order_acquire);
+        return branch == nullptr ? nullptr : branch->chunks[i % branch_bits / chunk_bits].load(std::memory_order_acquire);
+    }
+    /// What `at` points to, made if need be.
+    template <class T> T *make(std::atomic<T *> &at);
+
+    // All of it begins as zeroes, which cost no memory until they are written: what could be there hardly matters.
+    std::uint64_t branch_count_;
+    std::unique_ptr<std::atomic<Branch *>[]> branches_;
+    std::mutex mutex_; // making a branch or a chunk
+    std::vector<std::unique_ptr<void, Free>> made_;
 };
 
 } // namespace qlean

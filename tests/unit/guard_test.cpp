@@ -328,3 +328,21 @@ TEST_CASE("An image whose tables share a cluster is only read") {
         CHECK_NOTHROW(open_image(disk, true));
     }
 }
+
+TEST_CASE("Bits of which few are set are found at both ends of very many") {
+    const std::uint64_t many = std::uint64_t{1} << 47;
+    SparseBits bits(many);
+    for (const std::uint64_t i : {std::uint64_t{0}, many / 2 - 1, many / 2, many - 1}) {
+        CHECK_FALSE(bits.has(i));
+        CHECK_FALSE(bits.set(i));
+        CHECK(bits.set(i));
+        CHECK(bits.has(i));
+        CHECK_FALSE(bits.has(i ^ 1));
+    }
+    bits.clear(many - 1);
+    bits.clear(many - 1);
+    CHECK_FALSE(bits.has(many - 1));
+    CHECK(bits.has(many / 2));
+    CHECK_FALSE(bits.set(many));
+    CHECK_FALSE(bits.has(many));
+}
