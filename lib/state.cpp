@@ -38,16 +38,15 @@ State::State(Opened o)
                         : nullptr),
       cache_bytes(o.cache_bytes), opened_end(o.end) {
     bool apart = guard.add({{0}, 1});
+    apart = guard.add(encryption_header) && apart;
     apart = l1.guard_with(guard, geometry.cluster_size()) && apart;
     apart = refcounts.guard_with(guard) && apart;
     if (!apart && !read_only)
         throw_bad_image("'{}' is damaged: two of its tables have a cluster in common, and writing one would destroy the "
                         "other; open it read-only, or repair it with 'qlean check --repair all'",
                         file.name());
-    if (!read_only) {
+    if (!read_only)
         claims.taken(snapshots.metadata_runs());
-        claims.taken({encryption_header});
-    }
     if (bitmaps)
         write_back.keep_up(Header::autoclear_bitmaps);
     if (raw_data)

@@ -151,6 +151,35 @@ TEST_CASE("What claims metadata is not changed by pieces of less than a cluster 
         }
 }
 
+TEST_CASE("The header of the encryption is metadata") {
+    const BuiltImage image = sound_image();
+    const auto file = std::make_shared<FaultyFile>(std::make_shared<FaultyDisk>(image.bytes));
+    const auto open_with = [&](HostRun encryption_header) {
+        auto [header, sector] = read_header(*file);
+        std::vector<std::uint64_t> l1(header.l1_size), table(cluster / 8);
+        file->read(std::as_writable_bytes(std::span(l1)), header.l1_offset);
+        file->read(std::as_writable_bytes(std::span(table)), header.refcount_table_offset);
+        return State({.file = file,
+                      .data = nullptr,
+                      .backing = nullptr,
+                      .header = header,
+                      .encryption_header = encryption_header,
+                      .header_sector = sector,
+                      .l1_words = l1,
+                      .refcount_table = table,
+                      .snapshots = {},
+                      .end = image.bytes.size() / cluster,
+                      .read_only = false,
+                      .cache_bytes = 64 * 1024});
+    };
+    State state = open_with({{105}, 3});
+    for (const std::uint64_t c : {105, 106, 107})
+        CHECK(state.guard.has({c}));
+    CHECK_FALSE(state.guard.has({104}));
+    CHECK_FALSE(state.guard.has({108}));
+    CHECK_THROWS_AS(open_with({{image.l1 / cluster}, 1}), Error);
+}
+
 TEST_CASE("Metadata that an entry shares without the right to write is copied, and never made free") {
     BuiltImage image = sound_image();
     // No flag, and a refcount that does not count the second use: to let go of it must not free the table.
