@@ -71,3 +71,43 @@ TEST_CASE("resize: a fault at any point leaves the old disk or the new one") {
                     break;
             }
 }
+
+TEST_CASE("resize: a shared table that was copied and not committed is not relied on after the failure") {
+    ImagePlan plan;
+    plan.virtual_size = old_size;
+    plan.map_all(10);
+    const auto disk = std::make_shared<FaultyDisk>(with_snapshot(build_image(plan).bytes, "one"));
+    constexpr std::uint64_t cluster = 512, within = 195 * cluster;
+    constexpr std::uint64_t larger = old_size + 8 * cluster; // the same last L2 table, and no longer L1 table
+    auto opened = open_image(disk);
+    Bytes model = read_all(*opened);
+    // What reserves space is the copy of the table, which is written next; then nothing works any more.
+    const int hook = disk->add_hook(true, [&](const Request &request) {
+        if (request.op != Op::reserve)
+            return;
+        Fault fault;
+        fault.ops = mask(Op::write);
+        fault.nth = 2;
+        fault.lasting = true;
+        disk->fail(fault);
+    });
+    CHECK_THROWS_AS(opened->resize(larger), Error);
+    disk->remove_hook(hook);
+    REQUIRE(disk->struck());
+    disk->heal();
+    CHECK_FALSE(opened->state().write_back.poisoned());
+    CHECK(opened->size() == old_size);
+    CHECK((read_all(*opened) == model));
+    opened->write(bytes_of(cluster, 9), {within}); // an entry of that table
+    std::fill_n(model.begin() + within, cluster, std::byte{9});
+    opened->flush();
+    CHECK((read_all(*open_image(std::make_shared<FaultyDisk>(disk->bytes()))) == model));
+    opened->resize(larger);
+    model.resize(larger);
+    CHECK((read_all(*opened) == model));
+    opened->close();
+    opened.reset();
+    const auto verdict = judge(disk->bytes());
+    INFO(verdict.text());
+    CHECK(verdict.sound());
+}
