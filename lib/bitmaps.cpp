@@ -9,7 +9,6 @@ namespace qlean {
 
 namespace {
 
-constexpr int max_commits_for_space = 4;
 
 std::uint64_t table_clusters(const Geometry &geometry, const BitmapEntry &entry) {
     return geometry.clusters_for(entry.table_bytes());
@@ -237,7 +236,7 @@ bool Bitmaps::store() {
 }
 
 Allocator::Reservation Bitmaps::reserve(std::uint64_t count) {
-    for (int commits = 0; commits < max_commits_for_space; ++commits) {
+    for (int commits = 0; commits < WriteBack::max_commits_for_space; ++commits) {
         auto reserved = allocator_.reserve(count, Allocator::Growth::now);
         if (!reserved.empty())
             return reserved;

@@ -37,7 +37,7 @@ std::vector<std::size_t> Bitmaps::grow_tables(const std::function<Allocator::Res
         words.resize(geometry_.bytes(geometry_.clusters_for(wanted * 8)) / 8);
         for (std::uint64_t &word : words)
             word = big_endian(word);
-        homes.push_back(reserve(geometry_.bytes(geometry_.clusters_for(wanted * 8)) / geometry_.cluster_size()));
+        homes.push_back(reserve(geometry_.clusters_for(wanted * 8)));
         file_.write(std::as_bytes(std::span(words)), geometry_.offset_of(homes.back().extents().front().run.first));
         grown.push_back(i);
     }

@@ -148,7 +148,7 @@ class Image {
     void keep_house();
     void stop_housekeeping();
     void hook_up();
-    void make_anew(std::uint64_t size, bool committed);
+    void make_anew(std::uint64_t size);
     void zero_beyond(std::uint64_t old_size);
     bool store_bitmaps();
 

@@ -9,9 +9,9 @@
 // leaves a disk of the old size, with a longer L1 table at worst.
 //
 // The parts of the image know the size by value, so they are made anew, in the same place: whoever holds a reference to
-// the State goes on with it. What they are made from is taken from the old ones, so that no I/O can fail on the way.
+// the State goes on with it. What they are made from is taken from the old ones, or (the L1 table) read as long as those
+// are there: then no I/O can fail on the way.
 #include "adjacent.h"
-#include "byte_order.h"
 #include "error.h"
 #include "image.h"
 
@@ -29,50 +29,18 @@ constexpr std::uint64_t unit = 512;
     throw Error(Error::Kind::denied, EPERM, fmt::format("'{}' is not resized: {}", state.file.name(), why));
 }
 
-/// The L1 table in the file gets a new home with room for `entries`; nothing of it is dirty. As leader; durable when it
-/// returns. The parts have to be made anew then.
+/// The L1 table gets a new home with room for `entries`; nothing of it is dirty. As leader; durable when it returns. The
+/// parts have to be made anew then.
 void grow_l1_table(State &state, std::uint64_t entries) {
-    const Geometry &g = state.geometry;
-    const std::uint64_t count = g.clusters_for(entries * 8);
-    auto room = reserve_adjacent(state, count);
-    const HostOffset home = g.offset_of(room.extents().front().run.first);
-    state.write_back.write_refcounts_as_leader();
-    std::vector<std::byte> bytes(g.bytes(count));
-    state.file.read(std::span(bytes).first(state.l1.size() * 8), state.l1.home());
-    state.file.write(bytes, home);
-    state.write_back.sync_as_leader();
-    room.publish();
-    std::vector<HostRun> old;
-    if (state.l1.size() > 0)
-        old.push_back({g.cluster_of(state.l1.home()), g.clusters_for(state.l1.size() * 8)});
-    state.write_back.switch_as_leader([&] {
-        state.header.update([&](Header &h) {
-            h.l1_offset = home;
-            h.l1_size = static_cast<std::uint32_t>(entries);
-        });
-    });
-    state.l1.set_home(home);
-    state.allocator.retire(old);
+    state.write_back.move_l1_as_leader(reserve_adjacent(state, state.geometry.clusters_for(entries * 8)), entries);
 }
 
-/// The L1 table as it is in the file, or, which is the same without I/O after a commit, in memory; big-endian. What was
-/// not committed may be a table that stands for a shared one, so memory is not to be relied on then.
-std::vector<std::uint64_t> l1_words(State &state, bool committed) {
-    const Header header = state.header.header();
-    std::vector<std::uint64_t> words(header.l1_size);
-    if (!committed) {
-        state.file.read(std::as_writable_bytes(std::span(words)), header.l1_offset);
-        return words;
-    }
-    for (std::uint64_t i = 0; i < state.l1.size(); ++i)
-        words[i] = big_endian(state.l1.word(i));
-    return words;
-}
-
-/// What the parts were made from, as it is now, for a disk of `size` bytes.
-Opened made_from(State &state, std::uint64_t size, bool committed) {
-    auto l1 = l1_words(state, committed);
+/// What the parts were made from, as it is now, for a disk of `size` bytes. The L1 table is the file's: in memory it may
+/// have what was not committed, which may stand for a table that is shared; and it may be shorter.
+Opened made_from(State &state, std::uint64_t size) {
     Header header = state.header.header();
+    std::vector<std::uint64_t> l1(header.l1_size);
+    state.file.read(std::as_writable_bytes(std::span(l1)), header.l1_offset);
     auto table = state.refcounts.table_words(0, state.refcounts.table_entries());
     auto sector = state.header.sector();
     return {.file = state.file_owner,
@@ -95,8 +63,8 @@ Opened made_from(State &state, std::uint64_t size, bool committed) {
 } // namespace
 
 /// The parts of the image again, for a disk of `size` bytes. What was not committed is gone, as after a crash.
-void Image::make_anew(std::uint64_t size, bool committed) {
-    Opened opened = made_from(state_, size, committed);
+void Image::make_anew(std::uint64_t size) {
+    Opened opened = made_from(state_, size);
     State *const place = owner_.get();
     const auto replace = [&]() noexcept {
         try {
@@ -163,7 +131,7 @@ void Image::resize(std::uint64_t size) {
             state_.write_back.lead([&] { grow_l1_table(state_, entries); });
             give_back();
         }
-        make_anew(size, true);
+        make_anew(size);
         if (state_.bitmaps)
             state_.bitmaps->pause(true);
         zero_beyond(old_size);
@@ -189,7 +157,7 @@ void Image::resize(std::uint64_t size) {
                 // What was allocated on the way is leaked then.
             }
             try {
-                make_anew(old_size, false);
+                make_anew(old_size);
             } catch (const std::exception &) {
                 // Parts that do not know how long the L1 table is must not write any more.
                 state_.write_back.lead([&] { state_.write_back.poison_as_leader(); });

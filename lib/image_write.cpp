@@ -10,12 +10,6 @@
 
 namespace qlean {
 
-namespace {
-
-constexpr int max_commits_for_space = 4;
-
-} // namespace
-
 void Image::write(std::span<const std::byte> from, GuestOffset at) {
     const Geometry &g = state_.geometry;
     while (!from.empty()) {
@@ -53,7 +47,7 @@ void Image::with_room(const std::function<Outcome(Allocator::Growth)> &change) {
             covered = now;
             commits = 0;
         }
-        if (++commits > max_commits_for_space)
+        if (++commits > WriteBack::max_commits_for_space)
             throw Error(Error::Kind::no_space, ENOSPC,
                         fmt::format("'{}' cannot grow any further", state_.file.name()));
         growth = Allocator::Growth::now;

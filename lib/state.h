@@ -46,6 +46,7 @@ struct Opened {
 };
 
 struct State {
+    /// Reads nothing of the file.
     explicit State(Opened opened);
 
     const std::shared_ptr<File> file_owner, data_owner;

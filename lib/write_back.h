@@ -32,6 +32,8 @@ class WriteBack {
               L2Cache &l2, Snapshots &snapshots, Refcounts &refcounts, Allocator &allocator);
 
     enum class Give { later, back };
+    /// How often whoever finds no room commits, to give back or to link refcount blocks, and tries again.
+    static constexpr int max_commits_for_space = 4;
     /// Makes everything that completed before the call durable; with Give::back also frees what was retired by then.
     /// The caller holds no lock. Throws Error if that failed: nothing was lost from memory, and it can be tried again,
     /// unless the image is poisoned.
@@ -52,8 +54,13 @@ class WriteBack {
     void write_refcounts_as_leader();
     /// The last region that should have a refcount block when the file ends at `end`, for a table of `table_clusters`.
     std::uint64_t last_region_wanted(std::uint64_t end, std::uint64_t table_clusters) const;
-    /// From within a task of lead(): links a refcount block for each of these regions, which lack one.
-    void link_regions(const std::vector<std::uint64_t> &regions);
+    /// From within a task of lead(): keeps refcount blocks linked ahead of the end of the file, and of `more` clusters
+    /// beyond it, so that growth need not wait for a commit.
+    void link_ahead(std::uint64_t more = 0);
+    /// From within a task of lead(): the L1 table gets a new home in `room`, which is adjacent, as the file has it (what
+    /// is dirty stays so), with room for `entries`; durable when this returns. If that is more than before, the parts
+    /// have to be made anew.
+    void move_l1_as_leader(Allocator::Reservation room, std::uint64_t entries);
 
     /// To be called before anything of the image changes, with no lock held. Throws Error if it may not change. The
     /// first call makes durable that features which we do not keep up (autoclear bits) are no longer to be relied on.
@@ -82,8 +89,7 @@ class WriteBack {
     void settle_lowered();
     void apply_increments();
     std::uint64_t margin(std::uint64_t table_clusters) const;
-    /// Keeps refcount blocks linked ahead of the end of the file, so that growth need not wait for a commit.
-    void link_ahead();
+    void link_regions(const std::vector<std::uint64_t> &regions);
     void link_beyond(std::uint64_t first_region, std::uint64_t count);
     std::uint64_t autoclear_to_clear() const { return header_.header().autoclear & ~kept_up_; }
     void sync();

@@ -210,24 +210,13 @@ void move_refcount_table(State &state, const Layout &layout) {
 }
 
 void move_l1_table(State &state, const Layout &layout) {
-    const Geometry &g = state.geometry;
     const HostRun old = l1_run(state);
     if (!beyond(old, layout.end))
         return;
     auto room = state.allocator.reserve_contiguous_below(old.count, layout.end);
     if (room.empty())
         return;
-    const HostOffset home = g.offset_of(room.extents().front().run.first);
-    state.write_back.write_refcounts_as_leader();
-    // What is durable now, not what is in memory: that may point at tables that are not written yet.
-    std::vector<std::byte> bytes(g.bytes(old.count));
-    state.file.read(std::span(bytes).first(state.l1.size() * 8), state.l1.home());
-    state.file.write(bytes, home);
-    state.write_back.sync_as_leader();
-    room.publish();
-    state.write_back.switch_as_leader([&] { state.header.update([&](Header &h) { h.l1_offset = home; }); });
-    state.l1.set_home(home);
-    state.allocator.retire({old});
+    state.write_back.move_l1_as_leader(std::move(room), state.l1.size());
 }
 
 // --- making room for what must be adjacent ------------------------------------------------------------------------
