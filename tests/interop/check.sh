@@ -114,7 +114,8 @@ start_read_only() {
     judge "$W/ro.qcow2"
 }
 
-# leak_some IMAGE: five clusters at its end get a refcount, one of them more than one
+# leak_some IMAGE: five clusters at its end get a refcount, one of them more than one. Where the last refcount block ends
+# with the file, free ones before it do.
 leak_some() {
     PYTHONPATH=$TESTS/interop "$PYTHON" - "$1" <<'EOF'
 import os, sys
@@ -122,8 +123,9 @@ from qcow2_file import Qcow2
 with Qcow2(sys.argv[1]) as q:
     end = -(-q.length() // q.cluster)
     os.ftruncate(q.file.fileno(), (end + 8) * q.cluster)
+    free = (c for c in [*range(end, end + 5), *range(end - 1, 0, -1)] if q.has_refcount(c) and q.refcount(c) == 0)
     for i in range(5):
-        q.set_refcount(end + i, 3 if i == 2 else 1)
+        q.set_refcount(next(free), 3 if i == 2 else 1)
 EOF
 }
 

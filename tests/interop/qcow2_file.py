@@ -114,6 +114,12 @@ class Qcow2:
         words = struct.unpack(f">{n}Q", self.read(self["refcount_table_offset"], 8 * n))
         return [(i, w & OFFSET) for i, w in enumerate(words) if w & OFFSET]
 
+    def has_refcount(self, cluster):
+        """There is a refcount block that counts this host cluster."""
+        i = cluster // (self.cluster * 8 >> self["refcount_order"])
+        return i < self["refcount_table_clusters"] * self.cluster // 8 and \
+            self.word(self["refcount_table_offset"] + 8 * i) & OFFSET != 0
+
     def refcount_place(self, cluster):
         """(byte, shift, bits) of the refcount of a host cluster."""
         bits = 1 << self["refcount_order"]
