@@ -113,6 +113,11 @@ class Image {
     std::optional<std::vector<Place>> places_for(GuestCluster first, std::span<const Mapping> mappings,
                                                  Allocator::Growth growth, Allocator::Reservation &reserved);
     Place place_in_data_file(GuestCluster c);
+    using Fill = std::function<void(const std::vector<Mapping> &, const std::vector<Place> &)>;
+    using Store = std::function<void(Mapper::Editor &, GuestCluster, const Mapping &, const Place &)>;
+    Outcome write_placed(GuestOffset at, std::uint64_t length, Allocator::Growth growth, const Fill &fill,
+                         const Store &store);
+    bool is_own_data(const Mapping &m, std::uint64_t within, std::uint64_t length) const;
     Outcome write_chunk(std::span<const std::byte> from, GuestOffset at, Allocator::Growth growth);
     bool write_in_place(std::span<const std::byte> from, GuestOffset at);
     /// A trim is a hint, and leaves what it cannot give back; zeroing is a promise, and fails.
@@ -128,7 +133,6 @@ class Image {
 
     // Images with extended L2 entries: image_subclusters.cpp.
     Outcome write_subclusters(std::span<const std::byte> from, GuestOffset at, Allocator::Growth growth);
-    bool write_owned_subclusters(std::span<const std::byte> from, GuestOffset at);
     subclusters::Bitmap fill_subclusters(GuestCluster c, const Mapping &m, const Place &place, std::uint64_t within,
                                          std::span<const std::byte> bytes);
     Outcome zero_subclusters_keeping_space(GuestOffset at, std::uint64_t length, Allocator::Growth growth);

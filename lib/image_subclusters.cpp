@@ -22,67 +22,23 @@ namespace {
 
 } // namespace
 
-/// Writes where every subcluster is the guest's own already; false, with nothing written, where one is not.
-bool Image::write_owned_subclusters(std::span<const std::byte> from, GuestOffset at) {
-    const Geometry &g = state_.geometry;
-    const Grid grid(g);
-    const GuestCluster first = g.cluster_of(at);
-    std::vector<Mapping> mappings((g.cluster_of(at + (from.size() - 1)) - first) + 1);
-    const RangeLock::Shared guard(state_.ranges, at, from.size());
-    state_.mapper.resolve_to_change(first, mappings);
-    bool possible = true;
-    each_cluster(g, at, from.size(), [&](std::uint64_t, GuestCluster c, std::uint64_t within, std::uint64_t n) {
-        const Mapping &m = mappings[c - first];
-        possible = possible && m.owned() && (grid.touched(within, n) & ~bitmap_of(m).data()) == 0;
-    });
-    if (!possible)
-        return false;
-    auto writes =
-        joined<const std::byte>([&](std::span<const std::byte> bytes, HostOffset to) { state_.data.write(bytes, to); });
-    each_cluster(g, at, from.size(), [&](std::uint64_t done, GuestCluster c, std::uint64_t within, std::uint64_t n) {
-        writes.add(from.subspan(done, n), g.offset_of(mappings[c - first].host) + within);
-    });
-    writes.finish();
-    return true;
-}
-
 /// Writes within one L2 table: what is touched becomes data, in the cluster's own host cluster or in a new one, which
-/// takes along what the old one held. Account, write, then publish.
+/// takes along what the old one held.
 Image::Outcome Image::write_subclusters(std::span<const std::byte> from, GuestOffset at, Allocator::Growth growth) {
-    if (write_owned_subclusters(from, at))
-        return Outcome::done;
     const Geometry &g = state_.geometry;
     const GuestCluster first = g.cluster_of(at);
-    std::vector<Mapping> mappings((g.cluster_of(at + (from.size() - 1)) - first) + 1);
-    const RangeLock::Exclusive guard(state_.ranges, at, from.size());
-    state_.mapper.resolve_to_change(first, mappings);
-
-    Allocator::Reservation reserved;
-    const auto places = places_for(first, mappings, growth, reserved);
-    if (!places)
-        return Outcome::commit_first;
     std::vector<Bitmap> bitmaps;
-    bitmaps.reserve(mappings.size());
-    each_cluster(g, at, from.size(), [&](std::uint64_t done, GuestCluster c, std::uint64_t within, std::uint64_t n) {
-        bitmaps.push_back(fill_subclusters(c, mappings[c - first], (*places)[c - first], within, from.subspan(done, n)));
-    });
-
-    std::vector<HostRun> replaced;
-    {
-        Mapper::Editor editor(state_.mapper, first, mappings.size());
-        if (!editor.exists())
-            return Outcome::commit_first; // the table was empty and has been given back meanwhile
-        for (std::size_t i = 0; i < mappings.size(); ++i) {
-            const L2Words words{entry::data(g.offset_of((*places)[i].host)), bitmaps[i].word()};
-            if (editor.words(first + i) != words)
-                editor.set_words(first + i, words);
-            if ((*places)[i].moves)
-                state_.mapper.append_references(replaced, mappings[i]);
-        }
-    }
-    reserved.publish();
-    state_.allocator.retire(replaced);
-    return Outcome::done;
+    const auto fill = [&](const std::vector<Mapping> &mappings, const std::vector<Place> &places) {
+        each_cluster(g, at, from.size(), [&](std::uint64_t done, GuestCluster c, std::uint64_t within, std::uint64_t n) {
+            bitmaps.push_back(fill_subclusters(c, mappings[c - first], places[c - first], within, from.subspan(done, n)));
+        });
+    };
+    const auto store = [&](Mapper::Editor &editor, GuestCluster c, const Mapping &, const Place &place) {
+        const L2Words words{entry::data(g.offset_of(place.host)), bitmaps[c - first].word()};
+        if (editor.words(c) != words)
+            editor.set_words(c, words);
+    };
+    return write_placed(at, from.size(), growth, std::ref(fill), std::ref(store));
 }
 
 /// Writes the guest's bytes to where the cluster lies from now on, with what else of it has to be there. Gives the bitmap

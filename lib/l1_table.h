@@ -65,6 +65,10 @@ class L1Table {
     void put_back(const std::vector<DirtyRun> &runs);
     bool dirty() const { return dirty_count_.load(std::memory_order_acquire) != 0; }
     HostOffset home() const { return home_.load(std::memory_order_acquire); }
+    /// The clusters it lies in; none of an empty table.
+    HostRun run(const Geometry &geometry) const {
+        return {geometry.cluster_of(home()), geometry.clusters_for(size_ * 8)};
+    }
     void set_home(HostOffset home);
 
   private:

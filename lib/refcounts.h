@@ -43,6 +43,7 @@ class Refcounts {
     HostOffset home() const;
     std::uint64_t table_entries() const;
     std::uint64_t table_clusters() const { return geometry_.clusters_for(table_entries() * 8); }
+    HostRun table_run() const { return {geometry_.cluster_of(home()), table_clusters()}; }
     std::vector<std::pair<std::uint64_t, HostCluster>> blocks() const;
 
     // For the commit leader.

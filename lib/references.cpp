@@ -19,9 +19,8 @@ void walk_fixed(State &state, ReferenceVisitor &visitor) {
     state.write_back.lead([&] {
         fixed.push_back({Kind::header, {{0}, 1}});
         if (state.l1.size() > 0)
-            fixed.push_back({Kind::l1_table, {g.cluster_of(state.l1.home()), g.clusters_for(state.l1.size() * 8)}});
-        fixed.push_back(
-            {Kind::refcount_table, {g.cluster_of(state.refcounts.home()), state.refcounts.table_clusters()}});
+            fixed.push_back({Kind::l1_table, state.l1.run(g)});
+        fixed.push_back({Kind::refcount_table, state.refcounts.table_run()});
         if (state.encryption_header.count > 0)
             fixed.push_back({Kind::encryption_header, state.encryption_header});
         for (const auto &[region, cluster] : state.refcounts.blocks())

@@ -56,8 +56,8 @@ State::State(Opened o)
 std::vector<HostRun> State::metadata_runs() const {
     std::vector<HostRun> runs{{{0}, 1}};
     if (l1.size() > 0)
-        runs.push_back({geometry.cluster_of(l1.home()), geometry.clusters_for(l1.size() * 8)});
-    runs.push_back({geometry.cluster_of(refcounts.home()), refcounts.table_clusters()});
+        runs.push_back(l1.run(geometry));
+    runs.push_back(refcounts.table_run());
     if (encryption_header.count > 0)
         runs.push_back(encryption_header);
     for (const auto &[region, cluster] : refcounts.blocks())

@@ -120,7 +120,7 @@ void WriteBack::link_beyond(std::uint64_t first_region, std::uint64_t count) {
         file_.write(std::as_bytes(std::span(words)), new_home);
     }
     sync();
-    const HostRun old_table{geometry_.cluster_of(refcounts_.home()), refcounts_.table_clusters()};
+    const HostRun old_table = refcounts_.table_run();
     switch_as_leader([&] {
         if (new_table_clusters == 0)
             return file_.write(std::as_bytes(std::span(entries)), refcounts_.home() + first_region * 8);
@@ -146,7 +146,7 @@ void WriteBack::move_l1_as_leader(Allocator::Reservation room, std::uint64_t ent
     file_.write(bytes, home);
     sync();
     room.publish();
-    const HostRun old{geometry_.cluster_of(l1_.home()), geometry_.clusters_for(l1_.size() * 8)};
+    const HostRun old = l1_.run(geometry_);
     switch_as_leader([&] {
         header_.update([&](Header &h) {
             h.l1_offset = home;

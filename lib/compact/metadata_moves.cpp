@@ -21,14 +21,6 @@ void write_table_entry(State &state, std::uint64_t region, HostOffset block) {
     write_words(state, {big_endian(block.value)}, state.refcounts.home() + region * 8);
 }
 
-HostRun l1_run(const State &state) {
-    return {state.geometry.cluster_of(state.l1.home()), state.geometry.clusters_for(state.l1.size() * 8)};
-}
-
-HostRun refcount_table_run(const State &state) {
-    return {state.geometry.cluster_of(state.refcounts.home()), state.refcounts.table_clusters()};
-}
-
 /// What lies from here on is described by blocks that will be dropped.
 HostCluster first_region_to_go(const State &state, const Layout &layout) {
     return {(layout.last_region + 1) * state.refcounts.region_clusters()};
@@ -174,7 +166,7 @@ void move_refcount_blocks(State &state, const Layout &layout, std::uint64_t most
 
 void move_refcount_table(State &state, const Layout &layout) {
     const Geometry &g = state.geometry;
-    const HostRun old = refcount_table_run(state);
+    const HostRun old = state.refcounts.table_run();
     if (layout.table_clusters == old.count && !beyond(old, layout.end))
         return;
     // As long as blocks that go are still there it must keep its length, and waits where they do: otherwise a table at
@@ -210,7 +202,7 @@ void move_refcount_table(State &state, const Layout &layout) {
 }
 
 void move_l1_table(State &state, const Layout &layout) {
-    const HostRun old = l1_run(state);
+    const HostRun old = state.l1.run(state.geometry);
     if (!beyond(old, layout.end))
         return;
     auto room = state.allocator.reserve_contiguous_below(old.count, layout.end);
@@ -224,9 +216,9 @@ void move_l1_table(State &state, const Layout &layout) {
 std::uint64_t adjacent_clusters_wanted(State &state, const Layout &layout) {
     const Geometry &g = state.geometry;
     std::uint64_t most = adjacent_bitmap_clusters_wanted(state, layout.end);
-    if (const HostRun l1 = l1_run(state); beyond(l1, layout.end))
+    if (const HostRun l1 = state.l1.run(state.geometry); beyond(l1, layout.end))
         most = std::max(most, l1.count);
-    if (const HostRun table = refcount_table_run(state);
+    if (const HostRun table = state.refcounts.table_run();
         layout.table_clusters != table.count || beyond(table, layout.end)) {
         // As long as it has to keep its length for blocks that go, it moves at most to where they wait: a window would
         // be emptied for nothing, and the guest's clusters that leave it take the room of those that come down.

@@ -3,6 +3,7 @@
 #include "snapshot_delete.h"
 
 #include "../adjacent.h"
+#include "snapshot_moves.h"
 
 namespace qlean {
 
@@ -87,32 +88,12 @@ void SnapshotDelete::remove_from_table() {
 
 void SnapshotDelete::switch_table() {
     const Geometry &g = state_.geometry;
-    const SnapshotTable table = state_.snapshots.table_without(snapshot_.get());
-    auto bytes = table.encode();
-    const std::uint64_t length = bytes.size();
-    bytes.resize(g.bytes(g.clusters_for(length)));
+    const std::uint64_t clusters = g.clusters_for(state_.snapshots.table_without(snapshot_.get()).encode().size());
     state_.write_back.lead([&] {
         // Words of tables that are going must not be written when they are gone.
         state_.write_back.commit_as_leader(WriteBack::Give::back);
-        Allocator::Reservation room;
-        HostOffset home{0};
-        if (length != 0) {
-            room = reserve_adjacent(state_, g.clusters_for(length));
-            home = g.offset_of(room.extents().front().run.first);
-            state_.file.write(bytes, home);
-            state_.write_back.write_refcounts_as_leader();
-            state_.write_back.sync_as_leader();
-        }
-        room.publish();
-        const HostRun old = state_.snapshots.table_run();
-        state_.write_back.switch_as_leader([&] {
-            state_.header.update([&](Header &h) {
-                h.snapshot_count = static_cast<std::uint32_t>(table.entries.size());
-                h.snapshots_offset = home;
-            });
-        });
-        state_.snapshots.moved(home, length, snapshot_.get());
-        state_.allocator.retire({old});
+        auto room = clusters == 0 ? Allocator::Reservation{} : reserve_adjacent(state_, clusters);
+        store_snapshot_table(state_, std::move(room), snapshot_.get());
     });
 }
 

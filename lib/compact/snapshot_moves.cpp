@@ -209,24 +209,37 @@ void move_snapshot_l1_tables(State &state, HostCluster end, std::uint64_t most) 
 }
 
 void move_snapshot_table(State &state, HostCluster end) {
-    const Geometry &g = state.geometry;
     const HostRun now = state.snapshots.table_run();
     if (!beyond(now, end))
         return;
     auto room = state.allocator.reserve_contiguous_below(now.count, end);
-    if (room.empty())
-        return;
-    const HostOffset home = g.offset_of(room.extents().front().run.first);
-    const auto table = state.snapshots.table_without(nullptr).encode();
-    auto bytes = table;
-    bytes.resize(g.bytes(now.count));
-    state.write_back.write_refcounts_as_leader();
-    state.file.write(bytes, home);
-    state.write_back.sync_as_leader();
+    if (!room.empty())
+        store_snapshot_table(state, std::move(room), nullptr);
+}
+
+void store_snapshot_table(State &state, Allocator::Reservation room, const Snapshot *gone) {
+    const Geometry &g = state.geometry;
+    const SnapshotTable table = state.snapshots.table_without(gone);
+    auto bytes = table.encode();
+    const std::uint64_t length = bytes.size();
+    bytes.resize(g.bytes(g.clusters_for(length)));
+    HostOffset home{0};
+    if (length != 0) {
+        home = g.offset_of(room.extents().front().run.first);
+        state.file.write(bytes, home);
+        state.write_back.write_refcounts_as_leader();
+        state.write_back.sync_as_leader();
+    }
     room.publish();
-    state.write_back.switch_as_leader([&] { state.header.update([&](Header &h) { h.snapshots_offset = home; }); });
-    state.snapshots.moved(home, table.size(), nullptr);
-    state.allocator.retire({now});
+    const HostRun old = state.snapshots.table_run();
+    state.write_back.switch_as_leader([&] {
+        state.header.update([&](Header &h) {
+            h.snapshot_count = static_cast<std::uint32_t>(table.entries.size());
+            h.snapshots_offset = home;
+        });
+    });
+    state.snapshots.moved(home, length, gone);
+    state.allocator.retire({old});
 }
 
 std::uint64_t adjacent_clusters_of_snapshots(State &state, HostCluster end) {

@@ -24,6 +24,17 @@ BuiltImage sound_image() {
     return build_image(plan);
 }
 
+/// `image`, which has a snapshot, after a write: the active image has a table of its own, and the old one is the
+/// snapshot's alone.
+BuiltImage with_own_table(BuiltImage image) {
+    auto disk = std::make_shared<FaultyDisk>(image.bytes);
+    auto opened = open_image(disk);
+    opened->write(bytes_of(cluster, 3), {2 * cluster});
+    opened->close();
+    image.bytes = disk->bytes();
+    return image;
+}
+
 } // namespace
 
 TEST_CASE("The guard knows what it was told, as far as an image can reach") {
@@ -268,20 +279,12 @@ TEST_CASE("A cluster that an entry calls its own, and a snapshot has, stays as t
     BuiltImage image = sound_image();
     image.bytes = with_snapshot(image.bytes, "s");
     const auto snapshots = snapshot_disks(image.bytes);
-    // The table is shared, so the engine copies it first; then the flags lie.
-    auto disk = std::make_shared<FaultyDisk>(image.bytes);
-    {
-        auto opened = open_image(disk);
-        opened->write(bytes_of(cluster, 3), {2 * cluster});
-        opened->close();
-    }
-    BuiltImage lying = image;
-    lying.bytes = disk->bytes();
+    BuiltImage lying = with_own_table(image);
     const std::uint64_t table = lying.word(lying.l1) & entry::offset_mask;
     const std::uint64_t at = table + 5 * 8;
     REQUIRE((lying.word(at) & entry::copied) == 0);
     lying.set_word(at, lying.word(at) | entry::copied);
-    disk = std::make_shared<FaultyDisk>(lying.bytes);
+    auto disk = std::make_shared<FaultyDisk>(lying.bytes);
     {
         auto opened = open_image(disk);
         change_in_every_way(*opened, 5 * cluster, cluster, 7);
@@ -318,19 +321,11 @@ TEST_CASE("Data that claims a cluster of compressed extents, or a snapshot's tab
     BuiltImage image = sound;
     image.bytes = with_snapshot(image.bytes, "s");
     const auto snapshots = snapshot_disks(image.bytes);
-    auto disk = std::make_shared<FaultyDisk>(image.bytes);
-    {
-        // The active image gets a table of its own; the old one is the snapshot's alone.
-        auto opened = open_image(disk);
-        opened->write(bytes_of(cluster, 3), {2 * cluster});
-        opened->close();
-    }
-    BuiltImage lying = image;
-    lying.bytes = disk->bytes();
+    BuiltImage lying = with_own_table(image);
     const std::uint64_t table = lying.word(lying.l1) & entry::offset_mask;
     REQUIRE(table != image.l2_tables.at(0));
     lying.set_word(table + 5 * 8, entry::data({image.l2_tables.at(0)}));
-    disk = std::make_shared<FaultyDisk>(lying.bytes);
+    auto disk = std::make_shared<FaultyDisk>(lying.bytes);
     {
         auto opened = open_image(disk);
         change_in_every_way(*opened, 5 * cluster, cluster, 7);

@@ -115,6 +115,22 @@ CheckReport repair(const std::shared_ptr<FaultyDisk> &disk, Repair how) {
     return repair_file(file, how);
 }
 
+/// `judge` for `ways` of what a power cut at each moment of a repair may leave, a killed process among them.
+void each_cut_repair(const Bytes &image, int ways, std::mt19937_64 &random,
+                     const std::function<void(const Bytes &)> &judge) {
+    auto disk = std::make_shared<FaultyDisk>(image);
+    disk->record();
+    repair(disk, Repair::all);
+    PowerCuts cuts(*disk);
+    for (std::size_t moment = 0; moment < cuts.moments(); ++moment) {
+        cuts.move_to(moment);
+        for (int way = 0; way < ways; ++way) {
+            INFO("moment " << moment << ", way " << way);
+            judge(way == 0 ? cuts.image_of_killed() : cuts.image(random_fates(cuts, random)));
+        }
+    }
+}
+
 /// As the judge sees it, who knows nothing of clusters that are shared, as a repair leaves what was used twice.
 bool is_clean(const Bytes &image) {
     Verdict verdict = judge(image);
@@ -174,21 +190,13 @@ TEST_CASE("A repair that is cut off at any moment is finished by the next one") 
     std::mt19937_64 random(seed);
     each_damage([&](const BuiltImage &image, const std::string &name) {
         const Bytes guest = guest_bytes(image.bytes);
-        auto disk = std::make_shared<FaultyDisk>(image.bytes);
-        disk->record();
-        repair(disk, Repair::all);
-        PowerCuts cuts(*disk);
-        for (std::size_t moment = 0; moment < cuts.moments(); ++moment) {
-            cuts.move_to(moment);
-            for (int way = 0; way < 4; ++way) {
-                INFO(name << ", moment " << moment << ", way " << way);
-                const Bytes left = way == 0 ? cuts.image_of_killed() : cuts.image(random_fates(cuts, random));
-                CHECK((guest_bytes(left) == guest));
-                auto again = std::make_shared<FaultyDisk>(left);
-                CHECK(repair(again, Repair::all).clean());
-                require_clean(again->bytes(), guest);
-            }
-        }
+        each_cut_repair(image.bytes, 4, random, [&](const Bytes &left) {
+            INFO(name);
+            CHECK((guest_bytes(left) == guest));
+            auto again = std::make_shared<FaultyDisk>(left);
+            CHECK(repair(again, Repair::all).clean());
+            require_clean(again->bytes(), guest);
+        });
     });
 }
 
@@ -200,17 +208,10 @@ TEST_CASE("A table that a repair moved has a refcount before anything points the
         for (const bool l1 : {false, true}) {
             BuiltImage image = sound_image(version);
             image.set_word(entry_at(image), entry::data({l1 ? image.l1 : image.l2_tables.at(1)}));
-            auto disk = std::make_shared<FaultyDisk>(image.bytes);
-            disk->record();
-            repair(disk, Repair::all);
-            PowerCuts cuts(*disk);
-            for (std::size_t moment = 0; moment < cuts.moments(); ++moment) {
-                cuts.move_to(moment);
-                for (int way = 0; way < 8; ++way) {
-                    INFO("version " << version << (l1 ? ", L1" : "") << ", moment " << moment << ", way " << way);
-                    CHECK(tables_are_counted(way == 0 ? cuts.image_of_killed() : cuts.image(random_fates(cuts, random))));
-                }
-            }
+            each_cut_repair(image.bytes, 8, random, [&](const Bytes &left) {
+                INFO("version " << version << (l1 ? ", L1" : ""));
+                CHECK(tables_are_counted(left));
+            });
         }
 }
 
