@@ -105,7 +105,8 @@ ExitCode code_of(const json &verdict) {
 
 ExitCode check(const CheckOptions &options) {
     const bool repairs = !options.repair.empty();
-    Target target(options.target, repairs ? Access::read_write : Access::read_only, options.nbdkit, parameters(options));
+    Target target(options.target, repairs ? Access::read_write : Access::read_only, options.nbdkit,
+                  parameters(options));
     json verdict;
     {
         Connection connection(target, "check");

@@ -57,10 +57,10 @@ void print_page(const Target &target, const StatusPage &page) {
     line("file length", show_bytes(measures.length));
     line("allocated on host", show_bytes(measures.allocated));
     if (const std::string data = page.text({"data_file", "file"}); !data.empty()) {
-        line("data file", fmt::format("{}{}, {} long, {} allocated on host", data,
-                                      page.flag({"data_file", "raw"}) ? " (raw)" : "",
-                                      show_bytes(page.number({"data_file", "length"})),
-                                      show_bytes(page.number({"data_file", "allocated"}))));
+        line("data file",
+             fmt::format("{}{}, {} long, {} allocated on host", data, page.flag({"data_file", "raw"}) ? " (raw)" : "",
+                         show_bytes(page.number({"data_file", "length"})),
+                         show_bytes(page.number({"data_file", "allocated"}))));
     }
     line("in use", clusters(page, measures));
     line("compact would save", savings(page, measures));

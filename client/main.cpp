@@ -22,15 +22,20 @@ using namespace qlean;
 const char *const target_help = "NBD URI, path of a Unix socket, or image file (served privately for this command)";
 
 void add_image(CLI::App *command, Nbdkit &nbdkit) {
-    command->add_option("--passphrase-file", nbdkit.passphrase_file, "The file that holds the passphrase of an encrypted image")
+    command
+        ->add_option("--passphrase-file", nbdkit.passphrase_file,
+                     "The file that holds the passphrase of an encrypted image")
         ->type_name("FILE");
-    command->add_option("--data-file", nbdkit.data_file, "The image's external data file, if it is not where the image says")
+    command
+        ->add_option("--data-file", nbdkit.data_file,
+                     "The image's external data file, if it is not where the image says")
         ->type_name("FILE");
 }
 
 void add_common(CLI::App *command, std::string &target, Nbdkit &nbdkit) {
     command->add_option("TARGET", target, target_help)->required();
-    command->add_option("--nbdkit", nbdkit.program, "The nbdkit to start when TARGET is an image file")->type_name("PATH");
+    command->add_option("--nbdkit", nbdkit.program, "The nbdkit to start when TARGET is an image file")
+        ->type_name("PATH");
     add_image(command, nbdkit);
 }
 

@@ -16,8 +16,7 @@
 
 namespace qlean {
 
-Target::Target(const std::string &text, Access access, const Nbdkit &nbdkit,
-               const std::vector<std::string> &parameters)
+Target::Target(const std::string &text, Access access, const Nbdkit &nbdkit, const std::vector<std::string> &parameters)
     : name_(text) {
     if (text.find("://") != std::string::npos) {
         if (text.rfind("nbd", 0) != 0) {

@@ -8,8 +8,8 @@
 
 namespace qlean {
 
-/// `count` adjacent clusters, at the end of the file if nowhere else. May commit and link refcount blocks. From within a
-/// task of WriteBack::lead(). Throws Error (no_space) if the file cannot grow that far.
+/// `count` adjacent clusters, at the end of the file if nowhere else. May commit and link refcount blocks. From within
+/// a task of WriteBack::lead(). Throws Error (no_space) if the file cannot grow that far.
 Allocator::Reservation reserve_adjacent(State &state, std::uint64_t count);
 
 } // namespace qlean

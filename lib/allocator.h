@@ -28,7 +28,8 @@ namespace qlean {
 
 class Allocator {
   public:
-    /// `guard`: what it has is never made free. `end`: clusters of the file. `metadata`: gives clusters that are in use whatever their refcount says.
+    /// `guard`: what it has is never made free. `end`: clusters of the file. `metadata`: gives clusters that are in use
+    /// whatever their refcount says.
     Allocator(const Geometry &geometry, File &file, Refcounts &refcounts, const MetadataGuard &guard, std::uint64_t end,
               std::function<std::vector<HostRun>()> metadata);
 
@@ -77,8 +78,8 @@ class Allocator {
     Reservation reserve_contiguous_below(std::uint64_t count, HostCluster limit, HostCluster floor = {0},
                                          Embargo embargo = Embargo::lifted);
 
-    /// Exactly `count` adjacent clusters anywhere, at the end of a file that grows if need be. Empty: refcount blocks do
-    /// not cover that much.
+    /// Exactly `count` adjacent clusters anywhere, at the end of a file that grows if need be. Empty: refcount blocks
+    /// do not cover that much.
     Reservation reserve_contiguous(std::uint64_t count);
 
     /// From now on nobody is handed a cluster of `run` (empty: lifted), so that it can be emptied for a table.

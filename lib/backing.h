@@ -49,8 +49,8 @@ struct ChainLink {
 };
 
 /// Opens what `header`, of `file`, names below it, read-only and with QEMU's shared locks; null if it names nothing.
-/// `cache_bytes`: for L2 tables of all that lies below. `passphrase`: for what of it is encrypted; may be null. Throws Error for a file that cannot be opened, a chain that does
-/// not end, or what is neither raw nor QCOW2.
+/// `cache_bytes`: for L2 tables of all that lies below. `passphrase`: for what of it is encrypted; may be null. Throws
+/// Error for a file that cannot be opened, a chain that does not end, or what is neither raw nor QCOW2.
 std::unique_ptr<Backing> open_backing(const Header &header, const File &file, const ChainLink *above,
                                       std::uint64_t cache_bytes, const std::shared_ptr<const Secret> &passphrase);
 

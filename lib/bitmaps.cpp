@@ -9,7 +9,6 @@ namespace qlean {
 
 namespace {
 
-
 std::uint64_t table_clusters(const Geometry &geometry, const BitmapEntry &entry) {
     return geometry.clusters_for(entry.table_bytes());
 }

@@ -34,7 +34,7 @@ class Claims {
     Geometry geometry_;
     EntryFormat format_;
     MetadataGuard &guard_;
-    SparseBits known_; // slices
+    SparseBits known_;                               // slices
     SparseBits data_, extents_, structures_, twice_; // host clusters
 };
 

@@ -85,9 +85,10 @@ void CompressedClusters::decompress(GuestCluster c, std::uint64_t word, std::spa
     file_.read(from, extent.at);
     decompressed_.fetch_add(1, std::memory_order_relaxed);
     if (!compression::decompress(type_, from, cluster).filled)
-        throw_bad_image("'{}' is damaged: the compressed cluster at guest offset {:#x} (host bytes {:#x} to {:#x}) does "
-                        "not decompress; overwrite that part of the disk, or restore the image from a backup",
-                        file_.name(), geometry_.offset_of(c).value, extent.at.value, (extent.at + extent.bytes).value);
+        throw_bad_image(
+            "'{}' is damaged: the compressed cluster at guest offset {:#x} (host bytes {:#x} to {:#x}) does "
+            "not decompress; overwrite that part of the disk, or restore the image from a backup",
+            file_.name(), geometry_.offset_of(c).value, extent.at.value, (extent.at + extent.bytes).value);
 }
 
 } // namespace qlean

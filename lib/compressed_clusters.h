@@ -30,8 +30,8 @@ class CompressedClusters {
 
     Compression type() const { return type_; }
 
-    /// Guest cluster `c`, whose descriptor is `word`, from byte `within`. The caller holds `c` in the range lock. Throws
-    /// Error (bad_image) if the extent cannot be decompressed.
+    /// Guest cluster `c`, whose descriptor is `word`, from byte `within`. The caller holds `c` in the range lock.
+    /// Throws Error (bad_image) if the extent cannot be decompressed.
     void read(GuestCluster c, std::uint64_t word, std::uint64_t within, std::span<std::byte> into);
     /// The entry of `c` changes: the caller holds `c` exclusively.
     void forget(GuestCluster c);

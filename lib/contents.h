@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) 2026, the qlean authors
 //
-// What the guest sees in a cluster, wherever it comes from: the data file, a compressed extent, what lies below, zeroes.
-// The one place that knows all of these; reading, copy-on-write and the search for zeroes ask here.
+// What the guest sees in a cluster, wherever it comes from: the data file, a compressed extent, what lies below,
+// zeroes. The one place that knows all of these; reading, copy-on-write and the search for zeroes ask here.
 //
 // The caller holds the cluster in the range lock (shared is enough), so that `mapping` stays true.
 #pragma once
@@ -27,9 +27,7 @@ class Contents {
     /// What lies below the image, for clusters that are unallocated; null for nothing but zeroes.
     Backing *below() const { return below_; }
     /// Neither for this cluster nor for a later one is there anything below the image: unallocated is zeroes.
-    bool ends_below(GuestCluster c) const {
-        return geometry_.offset_of(c).value >= below_end_;
-    }
+    bool ends_below(GuestCluster c) const { return geometry_.offset_of(c).value >= below_end_; }
     /// Nothing of the image's own is there, and what lies below has nothing there either; or it is zeroes by its entry.
     bool is_zero(GuestCluster c, const Mapping &mapping) const;
     /// What lies below these bytes is known to be zeroes without reading it.

@@ -15,19 +15,19 @@ void ExtentList::append(GuestOffset from, std::uint64_t length, bool allocated, 
 }
 
 void ExtentList::add(GuestCluster c, const Mapping &m, std::uint64_t within, std::uint64_t length) {
-    subclusters::each_piece(
-        state_.geometry, m, within, length, [&](const Mapping &piece, std::uint64_t begin, std::uint64_t bytes) {
-            const GuestOffset from = state_.geometry.offset_of(c) + begin;
-            if (piece.kind == Mapping::Kind::unallocated && !state_.contents.ends_below(c)) {
-                if (below_from_ == below_to_)
-                    below_from_ = from;
-                below_to_ = from + bytes;
-                return;
-            }
-            settle();
-            const bool allocated = piece.has_host() || piece.kind == Mapping::Kind::compressed;
-            append(from, bytes, allocated, state_.contents.is_zero(c, piece));
-        });
+    subclusters::each_piece(state_.geometry, m, within, length,
+                            [&](const Mapping &piece, std::uint64_t begin, std::uint64_t bytes) {
+                                const GuestOffset from = state_.geometry.offset_of(c) + begin;
+                                if (piece.kind == Mapping::Kind::unallocated && !state_.contents.ends_below(c)) {
+                                    if (below_from_ == below_to_)
+                                        below_from_ = from;
+                                    below_to_ = from + bytes;
+                                    return;
+                                }
+                                settle();
+                                const bool allocated = piece.has_host() || piece.kind == Mapping::Kind::compressed;
+                                append(from, bytes, allocated, state_.contents.is_zero(c, piece));
+                            });
 }
 
 void ExtentList::add_unallocated(GuestOffset from, GuestOffset to) {

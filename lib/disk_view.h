@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) 2026, the qlean authors
 //
-// What mappings say of a disk without its bytes being read, for the active disk and for snapshots: its extents, and what
-// is worth reading ahead.
+// What mappings say of a disk without its bytes being read, for the active disk and for snapshots: its extents, and
+// what is worth reading ahead.
 #pragma once
 
 #include "image.h"

@@ -36,7 +36,8 @@ void Image::read(std::span<std::byte> into, GuestOffset at) {
         mappings.resize((g.cluster_of(at + (piece.size() - 1)) - first) + 1);
         const RangeLock::Shared guard(state_.ranges, at, piece.size());
         state_.mapper.resolve(first, mappings);
-        auto reads = joined<std::byte>([&](std::span<std::byte> bytes, HostOffset from) { state_.data.read(bytes, from); });
+        auto reads =
+            joined<std::byte>([&](std::span<std::byte> bytes, HostOffset from) { state_.data.read(bytes, from); });
         auto reads_below = joined<std::byte, GuestOffset>(
             [&](std::span<std::byte> bytes, GuestOffset from) { state_.contents.below()->read(bytes, from); });
         each_cluster(g, at, piece.size(),

@@ -58,8 +58,8 @@ class Image {
     /// Makes the range read as zeroes. With `fast`, throws Error with ENOTSUP instead of writing zeroes out.
     void zero(GuestOffset at, std::uint64_t length, Zero how, bool fast);
     /// Gives back what the range occupies: whole clusters become unallocated (zero clusters, where something lies below
-    /// the image), the rest is punched where the host can. Each byte of the range reads as it was or as zero after; never
-    /// as what lies below. Never fails for its alignment.
+    /// the image), the rest is punched where the host can. Each byte of the range reads as it was or as zero after;
+    /// never as what lies below. Never fails for its alignment.
     void trim(GuestOffset at, std::uint64_t length);
     void flush();
     /// Makes the disk larger; what is new reads as zeroes. No request, operation or walk may be under way, and none of

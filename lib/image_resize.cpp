@@ -9,8 +9,8 @@
 // leaves a disk of the old size, with a longer L1 table at worst.
 //
 // The parts of the image know the size by value, so they are made anew, in the same place: whoever holds a reference to
-// the State goes on with it. What they are made from is taken from the old ones, or (the L1 table) read as long as those
-// are there: then no I/O can fail on the way.
+// the State goes on with it. What they are made from is taken from the old ones, or (the L1 table) read as long as
+// those are there: then no I/O can fail on the way.
 #include "adjacent.h"
 #include "error.h"
 #include "image.h"
@@ -29,14 +29,14 @@ constexpr std::uint64_t unit = 512;
     throw Error(Error::Kind::denied, EPERM, fmt::format("'{}' is not resized: {}", state.file.name(), why));
 }
 
-/// The L1 table gets a new home with room for `entries`; nothing of it is dirty. As leader; durable when it returns. The
-/// parts have to be made anew then.
+/// The L1 table gets a new home with room for `entries`; nothing of it is dirty. As leader; durable when it returns.
+/// The parts have to be made anew then.
 void grow_l1_table(State &state, std::uint64_t entries) {
     state.write_back.move_l1_as_leader(reserve_adjacent(state, state.geometry.clusters_for(entries * 8)), entries);
 }
 
-/// What the parts were made from, as it is now, for a disk of `size` bytes. The L1 table is the file's: in memory it may
-/// have what was not committed, which may stand for a table that is shared; and it may be shorter.
+/// What the parts were made from, as it is now, for a disk of `size` bytes. The L1 table is the file's: in memory it
+/// may have what was not committed, which may stand for a table that is shared; and it may be shorter.
 Opened made_from(State &state, std::uint64_t size) {
     Header header = state.header.header();
     std::vector<std::uint64_t> l1(header.l1_size);

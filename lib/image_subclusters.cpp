@@ -18,9 +18,7 @@ namespace qlean {
 
 using namespace subclusters;
 
-namespace {
-
-} // namespace
+namespace {} // namespace
 
 /// Writes within one L2 table: what is touched becomes data, in the cluster's own host cluster or in a new one, which
 /// takes along what the old one held.
@@ -29,9 +27,11 @@ Image::Outcome Image::write_subclusters(std::span<const std::byte> from, GuestOf
     const GuestCluster first = g.cluster_of(at);
     std::vector<Bitmap> bitmaps;
     const auto fill = [&](const std::vector<Mapping> &mappings, const std::vector<Place> &places) {
-        each_cluster(g, at, from.size(), [&](std::uint64_t done, GuestCluster c, std::uint64_t within, std::uint64_t n) {
-            bitmaps.push_back(fill_subclusters(c, mappings[c - first], places[c - first], within, from.subspan(done, n)));
-        });
+        each_cluster(g, at, from.size(),
+                     [&](std::uint64_t done, GuestCluster c, std::uint64_t within, std::uint64_t n) {
+                         bitmaps.push_back(fill_subclusters(c, mappings[c - first], places[c - first], within,
+                                                            from.subspan(done, n)));
+                     });
     };
     const auto store = [&](Mapper::Editor &editor, GuestCluster c, const Mapping &, const Place &place) {
         const L2Words words{entry::data(g.offset_of(place.host)), bitmaps[c - first].word()};
@@ -41,8 +41,8 @@ Image::Outcome Image::write_subclusters(std::span<const std::byte> from, GuestOf
     return write_placed(at, from.size(), growth, std::ref(fill), std::ref(store));
 }
 
-/// Writes the guest's bytes to where the cluster lies from now on, with what else of it has to be there. Gives the bitmap
-/// in which what was written is data.
+/// Writes the guest's bytes to where the cluster lies from now on, with what else of it has to be there. Gives the
+/// bitmap in which what was written is data.
 Bitmap Image::fill_subclusters(GuestCluster c, const Mapping &m, const Place &place, std::uint64_t within,
                                std::span<const std::byte> bytes) {
     const Geometry &g = state_.geometry;

@@ -88,12 +88,13 @@ void Image::unmap(GuestOffset at, std::uint64_t length, Unmap how, bool fast) {
             throw;
     }
     if (state_.mapper.format().version < 3 && !state_.contents.ends_below(state_.geometry.cluster_of(at)))
-        each_cluster(state_.geometry, at, length, [&](std::uint64_t done, GuestCluster, std::uint64_t, std::uint64_t n) {
-            if (how == Unmap::hint)
-                trim_edge(at + done, n);
-            else
-                zero_edge(at + done, n, Zero::may_trim, fast);
-        });
+        each_cluster(state_.geometry, at, length,
+                     [&](std::uint64_t done, GuestCluster, std::uint64_t, std::uint64_t n) {
+                         if (how == Unmap::hint)
+                             trim_edge(at + done, n);
+                         else
+                             zero_edge(at + done, n, Zero::may_trim, fast);
+                     });
 }
 
 Image::Outcome Image::unmap_chunk(GuestOffset at, std::uint64_t length, Unmap how, Allocator::Growth growth) {
@@ -153,8 +154,7 @@ void Image::write_zeroes(GuestOffset at, std::uint64_t length) {
 void Image::zero_keeping_space(GuestOffset at, std::uint64_t length, bool fast) {
     const Geometry &g = state_.geometry;
     if (g.has_subclusters())
-        return with_room(
-            [&](Allocator::Growth growth) { return zero_subclusters_keeping_space(at, length, growth); });
+        return with_room([&](Allocator::Growth growth) { return zero_subclusters_keeping_space(at, length, growth); });
     const GuestCluster first = g.cluster_of(at);
     std::vector<Mapping> mappings((g.cluster_of(at + (length - 1)) - first) + 1);
     std::vector<HostRun> runs;

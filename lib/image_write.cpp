@@ -49,8 +49,7 @@ void Image::with_room(const std::function<Outcome(Allocator::Growth)> &change) {
             commits = 0;
         }
         if (++commits > WriteBack::max_commits_for_space)
-            throw Error(Error::Kind::no_space, ENOSPC,
-                        fmt::format("'{}' cannot grow any further", state_.file.name()));
+            throw Error(Error::Kind::no_space, ENOSPC, fmt::format("'{}' cannot grow any further", state_.file.name()));
         growth = Allocator::Growth::now;
         if (full)
             give_back();
@@ -80,7 +79,8 @@ bool Image::write_in_place(std::span<const std::byte> from, GuestOffset at) {
     });
     if (!possible)
         return false;
-    auto writes = joined<const std::byte>([&](std::span<const std::byte> bytes, HostOffset to) { state_.data.write(bytes, to); });
+    auto writes =
+        joined<const std::byte>([&](std::span<const std::byte> bytes, HostOffset to) { state_.data.write(bytes, to); });
     each_cluster(g, at, from.size(), [&](std::uint64_t done, GuestCluster c, std::uint64_t within, std::uint64_t n) {
         writes.add(from.subspan(done, n), g.offset_of(mappings[c - first].host) + within);
     });
@@ -173,28 +173,29 @@ Image::Outcome Image::write_chunk(std::span<const std::byte> from, GuestOffset a
         auto writes = joined<const std::byte>(
             [&](std::span<const std::byte> bytes, HostOffset to) { state_.data.write(bytes, to); });
         std::vector<std::byte> whole;
-        each_cluster(g, at, from.size(), [&](std::uint64_t done, GuestCluster c, std::uint64_t within, std::uint64_t n) {
-            const Mapping &m = mappings[c - first];
-            const Place &place = places[c - first];
-            const HostOffset to = g.offset_of(place.host);
-            const bool covers = n == g.cluster_size();
-            const bool needs_old = !m.writable_in_place() && !state_.contents.is_zero(c, m);
-            if (m.writable_in_place() || covers || (place.zero && fresh_is_zero && !needs_old)) {
-                writes.add(from.subspan(done, n), to + within);
-                return;
-            }
-            // The rest of the cluster has to be written as well: what the guest saw there before, or zeroes.
-            writes.finish();
-            whole.assign(g.cluster_size(), std::byte{0});
-            if (needs_old && within > 0)
-                state_.contents.read(c, m, 0, std::span(whole).first(within));
-            // What is below may be longer than this disk: nothing of that belongs to the last cluster.
-            const std::uint64_t end = std::min(g.cluster_size(), g.virtual_size() - g.offset_of(c).value);
-            if (needs_old && within + n < end)
-                state_.contents.read(c, m, within + n, std::span(whole).subspan(within + n, end - within - n));
-            std::memcpy(whole.data() + within, from.data() + done, n);
-            state_.data.write(whole, to);
-        });
+        each_cluster(
+            g, at, from.size(), [&](std::uint64_t done, GuestCluster c, std::uint64_t within, std::uint64_t n) {
+                const Mapping &m = mappings[c - first];
+                const Place &place = places[c - first];
+                const HostOffset to = g.offset_of(place.host);
+                const bool covers = n == g.cluster_size();
+                const bool needs_old = !m.writable_in_place() && !state_.contents.is_zero(c, m);
+                if (m.writable_in_place() || covers || (place.zero && fresh_is_zero && !needs_old)) {
+                    writes.add(from.subspan(done, n), to + within);
+                    return;
+                }
+                // The rest of the cluster has to be written as well: what the guest saw there before, or zeroes.
+                writes.finish();
+                whole.assign(g.cluster_size(), std::byte{0});
+                if (needs_old && within > 0)
+                    state_.contents.read(c, m, 0, std::span(whole).first(within));
+                // What is below may be longer than this disk: nothing of that belongs to the last cluster.
+                const std::uint64_t end = std::min(g.cluster_size(), g.virtual_size() - g.offset_of(c).value);
+                if (needs_old && within + n < end)
+                    state_.contents.read(c, m, within + n, std::span(whole).subspan(within + n, end - within - n));
+                std::memcpy(whole.data() + within, from.data() + done, n);
+                state_.data.write(whole, to);
+            });
         writes.finish();
     };
     const auto store = [&](Mapper::Editor &editor, GuestCluster c, const Mapping &m, const Place &place) {

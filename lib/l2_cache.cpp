@@ -249,9 +249,7 @@ void L2Cache::Pin::store(GuestCluster c, const L2Words &words) {
     cache_->mark_dirty(*slice_);
 }
 
-L2Words L2Cache::Pin::load(GuestCluster c) const {
-    return cache_->entry_of(*slice_, c.value % cache_->slice_entries_);
-}
+L2Words L2Cache::Pin::load(GuestCluster c) const { return cache_->entry_of(*slice_, c.value % cache_->slice_entries_); }
 
 void L2Cache::mark_dirty(Slice &slice) {
     if (slice.dirty.exchange(true, std::memory_order_acq_rel))

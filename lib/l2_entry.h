@@ -29,14 +29,14 @@ struct EntryFormat {
 /// What an L2 entry says about a guest cluster.
 struct Mapping {
     enum class Kind : std::uint8_t {
-        unallocated,    ///< nothing here; reads as what lies below, or as zeroes
-        zero,           ///< reads as zeroes, no host cluster
-        zero_allocated, ///< reads as zeroes, but a host cluster is kept for it
-        data,           ///< bytes are in `host`
-        compressed,     ///< bytes are in a compressed extent: `bits` is its descriptor
-        mixed,          ///< the subclusters differ, no host cluster: `bits` is their bitmap
+        unallocated,     ///< nothing here; reads as what lies below, or as zeroes
+        zero,            ///< reads as zeroes, no host cluster
+        zero_allocated,  ///< reads as zeroes, but a host cluster is kept for it
+        data,            ///< bytes are in `host`
+        compressed,      ///< bytes are in a compressed extent: `bits` is its descriptor
+        mixed,           ///< the subclusters differ, no host cluster: `bits` is their bitmap
         mixed_allocated, ///< the subclusters differ, those with data are in `host`: `bits` is their bitmap
-        damaged,        ///< not a valid entry
+        damaged,         ///< not a valid entry
     };
 
     Kind kind = Kind::unallocated;

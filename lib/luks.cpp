@@ -38,8 +38,8 @@ class MemoryFile {
     int fd_;
 };
 
-/// Rounds of key derivation that a header may ask for, its slots together: minutes of work. QEMU and cryptsetup choose a
-/// hundredth of that; a header that asks for more wants us to be busy for days.
+/// Rounds of key derivation that a header may ask for, its slots together: minutes of work. QEMU and cryptsetup choose
+/// a hundredth of that; a header that asks for more wants us to be busy for days.
 constexpr std::uint64_t max_rounds = std::uint64_t{1} << 30;
 constexpr std::size_t header_bytes = 592, digest_rounds_at = 164, slots_at = 208, slot_bytes = 48, slots = 8;
 constexpr std::uint32_t slot_enabled = 0x00ac71f3;
@@ -52,7 +52,8 @@ void require_bounded(std::span<const std::byte> header, const std::string &file)
         if (load_be<std::uint32_t>(header, at) == slot_enabled)
             rounds += load_be<std::uint32_t>(header, at + 4);
     if (rounds > max_rounds)
-        throw_bad_image("'{}' is damaged: opening its LUKS header would take {} rounds of key derivation", file, rounds);
+        throw_bad_image("'{}' is damaged: opening its LUKS header would take {} rounds of key derivation", file,
+                        rounds);
 }
 
 struct FreeDevice {

@@ -142,8 +142,8 @@ void Mapper::Editor::set_words(GuestCluster c, const L2Words &words) {
 }
 
 void Mapper::Editor::set_data(GuestCluster c, HostCluster host) {
-    set_words(c, {entry::data(mapper_.geometry_.offset_of(host)),
-                  mapper_.format_.subclusters ? entry::all_allocated : 0});
+    set_words(c,
+              {entry::data(mapper_.geometry_.offset_of(host)), mapper_.format_.subclusters ? entry::all_allocated : 0});
 }
 
 void Mapper::Editor::set_zero(GuestCluster c) {

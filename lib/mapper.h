@@ -28,8 +28,7 @@ class Mapper {
            Snapshots &snapshots, Allocator &allocator, CompressedClusters &compressed, Refcounts &refcounts,
            const MetadataGuard &guard, const Claims &claims)
         : geometry_(geometry), format_(format), file_(file), l1_(l1), l2_(l2), snapshots_(snapshots),
-          allocator_(allocator), compressed_(compressed), refcounts_(refcounts),
-          guard_(guard), claims_(claims) {}
+          allocator_(allocator), compressed_(compressed), refcounts_(refcounts), guard_(guard), claims_(claims) {}
 
     const EntryFormat &format() const { return format_; }
 

@@ -2,9 +2,9 @@
 // Copyright (c) 2026, the qlean authors
 //
 // Host clusters that must never come free, whatever refcounts and entries say: those of the active image's own
-// metadata (header, LUKS header, L1 and L2 tables, refcount table and blocks), and those that two entries claim (claims.h). An L2
-// entry that claims metadata for the guest is damage, and writing there would be the end of the image; so every entry
-// that is decoded is held against this. A bit per cluster, without a lock for readers.
+// metadata (header, LUKS header, L1 and L2 tables, refcount table and blocks), and those that two entries claim
+// (claims.h). An L2 entry that claims metadata for the guest is damage, and writing there would be the end of the
+// image; so every entry that is decoded is held against this. A bit per cluster, without a lock for readers.
 #pragma once
 
 #include "address.h"

@@ -117,7 +117,8 @@ void judge_marks(const File &file, const Header &header, const Image::Options &o
     if (repaired && repaired->check_errors != 0)
         throw Error(Error::Kind::bad_image, EIO,
                     fmt::format("'{}' could not be repaired: {}; serve it read-only and copy what can be read",
-                                file.name(), repaired->problems.empty() ? "it cannot be checked" : repaired->problems.front()));
+                                file.name(),
+                                repaired->problems.empty() ? "it cannot be checked" : repaired->problems.front()));
     if (header.incompatible & Header::incompatible_corrupt)
         throw Error(Error::Kind::bad_image, EIO,
                     fmt::format("'{}' is marked corrupt; serve it read-only, or repair it with 'qlean check --repair "
@@ -169,8 +170,9 @@ std::unique_ptr<Image> Image::open(std::unique_ptr<File> file, const Options &op
     std::unique_ptr<File> data;
     if (header.has_data_file()) {
         if (!options.open_data)
-            throw Error(Error::Kind::unsupported, ENOTSUP,
-                        fmt::format("'{}' keeps the guest's data in another file, and was opened without it", file->name()));
+            throw Error(
+                Error::Kind::unsupported, ENOTSUP,
+                fmt::format("'{}' keeps the guest's data in another file, and was opened without it", file->name()));
         data = std::make_unique<DataFile>(options.open_data(header), header, file->name());
     }
     auto luks = unlock_image(*file, header, options.passphrase.get());

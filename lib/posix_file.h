@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) 2026, the qlean authors
 //
-// A regular file of the host, or a block device that is only read. Owns the descriptor, and with it the image locks that were taken on it.
+// A regular file of the host, or a block device that is only read. Owns the descriptor, and with it the image locks
+// that were taken on it.
 #pragma once
 
 #include "file.h"
@@ -16,7 +17,8 @@ class PosixFile final : public File {
 
     enum class Devices { refused, accepted };
 
-    /// Opens an existing regular file, or, for reading, a block device. Throws Error that names the file and the reason.
+    /// Opens an existing regular file, or, for reading, a block device. Throws Error that names the file and the
+    /// reason.
     static std::unique_ptr<PosixFile> open(const std::string &path, Access access, Devices devices = Devices::refused);
     /// Creates a new file; fails if one exists.
     static std::unique_ptr<PosixFile> create(const std::string &path);

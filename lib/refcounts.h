@@ -95,8 +95,8 @@ class Refcounts {
     std::uint64_t dirty_count_ = 0;
     MetadataGuard *guard_ = nullptr;
     const std::uint64_t first_regions_; // of the table as it was at the opening
-    SparseBits asked_;  // regions
-    SparseBits shared_; // clusters of these
+    SparseBits asked_;                  // regions
+    SparseBits shared_;                 // clusters of these
 };
 
 } // namespace qlean

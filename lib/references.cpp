@@ -27,7 +27,8 @@ void walk_fixed(State &state, ReferenceVisitor &visitor) {
             fixed.push_back({Kind::refcount_block, {cluster, 1}});
         if (state.bitmaps) {
             if (const auto damage = state.bitmaps->damage())
-                throw_bad_image("'{}' is damaged: {}; repair it with 'qemu-img check -r all'", state.file.name(), *damage);
+                throw_bad_image("'{}' is damaged: {}; repair it with 'qemu-img check -r all'", state.file.name(),
+                                *damage);
             for (const HostRun &run : state.bitmaps->runs())
                 fixed.push_back({Kind::bitmap, run});
         }

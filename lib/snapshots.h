@@ -13,8 +13,8 @@
 // L2 tables of snapshots are not cached. Words of theirs that changed and are not in the file yet are in `pending`,
 // also where the table is the active image's too.
 //
-// lock(), shared: no snapshot appears or goes, and no table that one has moves. It comes before leadership, and so before
-// everything else.
+// lock(), shared: no snapshot appears or goes, and no table that one has moves. It comes before leadership, and so
+// before everything else.
 #pragma once
 
 #include "header.h"

@@ -47,10 +47,12 @@ class SparseBits {
         if (i / branch_bits >= branch_count_)
             return nullptr;
         const Branch *branch = branches_[i / branch_bits].load(std::memory_order_acquire);
-        return branch == nullptr ? nullptr : branch->chunks[i % branch_bits / chunk_bits].load(std::memory_order_acquire);
+        return branch == nullptr ? nullptr
+                                 : branch->chunks[i % branch_bits / chunk_bits].load(std::memory_order_acquire);
     }
     /// What `at` points to, made if need be.
-    template <class T> T *make(std::atomic<T *> &at);
+    template <class T>
+    T *make(std::atomic<T *> &at);
 
     // All of it begins as zeroes, which cost no memory until they are written: what could be there hardly matters.
     std::uint64_t branch_count_;

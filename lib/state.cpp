@@ -18,20 +18,19 @@ Geometry disk_geometry(const Opened &opened) {
 
 State::State(Opened o)
     : file_owner(std::move(o.file)), data_owner(std::move(o.data)), backing(std::move(o.backing)), file(*file_owner),
-      data(data_owner ? *data_owner : file),
-      encryption_header(o.encryption_header),
+      data(data_owner ? *data_owner : file), encryption_header(o.encryption_header),
       raw_data(o.header.has_data_file() && (o.header.autoclear & Header::autoclear_data_file_raw)),
       geometry(disk_geometry(o)), read_only(o.read_only), syncs(file, data),
       header(file, o.header, std::move(o.header_sector)), guard(geometry.cluster_bits()),
       claims(geometry, o.header.entry_format(), L2Cache::slice_count(geometry), guard),
-      l1(std::move(o.l1_words), o.header.l1_offset),
-      snapshots(geometry, file, syncs, l1, std::move(o.snapshots)), l2(geometry, file, syncs, l1, o.cache_bytes, read_only ? nullptr : &claims),
+      l1(std::move(o.l1_words), o.header.l1_offset), snapshots(geometry, file, syncs, l1, std::move(o.snapshots)),
+      l2(geometry, file, syncs, l1, o.cache_bytes, read_only ? nullptr : &claims),
       refcounts(geometry, file, std::move(o.refcount_table), o.header.refcount_table_offset),
       allocator(geometry, file, refcounts, guard, o.end, [this] { return used_runs(); }),
-      write_back(geometry, read_only, file, syncs, header, l1, l2, snapshots, refcounts, allocator),
-      ranges(geometry),
+      write_back(geometry, read_only, file, syncs, header, l1, l2, snapshots, refcounts, allocator), ranges(geometry),
       compressed(geometry, static_cast<Compression>(o.header.compression_type), file),
-      mapper(geometry, o.header.entry_format(), file, l1, l2, snapshots, allocator, compressed, refcounts, guard, claims),
+      mapper(geometry, o.header.entry_format(), file, l1, l2, snapshots, allocator, compressed, refcounts, guard,
+             claims),
       contents(geometry, data, backing.get(), compressed),
       bitmaps(o.bitmaps ? std::make_unique<Bitmaps>(std::move(*o.bitmaps), geometry, file, header, refcounts, allocator,
                                                     write_back, claims, [this] { return metadata_runs(); })
@@ -42,9 +41,10 @@ State::State(Opened o)
     apart = l1.guard_with(guard, geometry.cluster_size()) && apart;
     apart = refcounts.guard_with(guard) && apart;
     if (!apart && !read_only)
-        throw_bad_image("'{}' is damaged: two of its tables have a cluster in common, and writing one would destroy the "
-                        "other; open it read-only, or repair it with 'qlean check --repair all'",
-                        file.name());
+        throw_bad_image(
+            "'{}' is damaged: two of its tables have a cluster in common, and writing one would destroy the "
+            "other; open it read-only, or repair it with 'qlean check --repair all'",
+            file.name());
     if (!read_only)
         claims.taken(snapshots.metadata_runs());
     if (bitmaps)

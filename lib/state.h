@@ -38,7 +38,7 @@ struct Opened {
     std::vector<std::byte> header_sector;
     std::vector<std::uint64_t> l1_words, refcount_table; ///< as read, big-endian
     Snapshots::Loaded snapshots;
-    std::uint64_t end;                                   ///< clusters of the file
+    std::uint64_t end; ///< clusters of the file
     bool read_only;
     std::uint64_t cache_bytes;
     std::optional<BitmapDirectory> bitmaps = {};    ///< those that count
@@ -51,10 +51,10 @@ struct State {
 
     const std::shared_ptr<File> file_owner, data_owner;
     const std::shared_ptr<Backing> backing;
-    File &file; ///< metadata
-    File &data; ///< the guest's data: the same file, unless it has one of its own
+    File &file;                      ///< metadata
+    File &data;                      ///< the guest's data: the same file, unless it has one of its own
     const HostRun encryption_header; ///< stays where it is; empty: not encrypted
-    const bool raw_data; ///< `data` is the guest's disk, byte for byte, and stays so
+    const bool raw_data;             ///< `data` is the guest's disk, byte for byte, and stays so
     const Geometry geometry;
     const bool read_only;
     SyncLog syncs;

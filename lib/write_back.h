@@ -57,9 +57,9 @@ class WriteBack {
     /// From within a task of lead(): keeps refcount blocks linked ahead of the end of the file, and of `more` clusters
     /// beyond it, so that growth need not wait for a commit.
     void link_ahead(std::uint64_t more = 0);
-    /// From within a task of lead(): the L1 table gets a new home in `room`, which is adjacent, as the file has it (what
-    /// is dirty stays so), with room for `entries`; durable when this returns. If that is more than before, the parts
-    /// have to be made anew.
+    /// From within a task of lead(): the L1 table gets a new home in `room`, which is adjacent, as the file has it
+    /// (what is dirty stays so), with room for `entries`; durable when this returns. If that is more than before, the
+    /// parts have to be made anew.
     void move_l1_as_leader(Allocator::Reservation room, std::uint64_t entries);
 
     /// To be called before anything of the image changes, with no lock held. Throws Error if it may not change. The

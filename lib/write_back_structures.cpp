@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) 2026, the qlean authors
 //
-// Structures that the leader makes longer or gives another place: refcount blocks and table ahead of the end of the file,
-// the L1 table.
+// Structures that the leader makes longer or gives another place: refcount blocks and table ahead of the end of the
+// file, the L1 table.
 #include "write_back.h"
 
 #include "byte_order.h"

@@ -80,11 +80,13 @@ void Options::set(const std::string &key, const std::string &value) {
             throw Error(Error::Kind::unsupported, EINVAL, fmt::format("'check-only={}' is not yes or no", value));
         check_only = yes != 0;
     } else {
-        throw Error(Error::Kind::unsupported, EINVAL,
-                    fmt::format("unknown parameter '{}'; the qcow2 plugin takes file=, data-file=, passphrase=, metadata-cache=, "
-                                "repair= and "
-                                "check-only=",
-                                key));
+        throw Error(
+            Error::Kind::unsupported, EINVAL,
+            fmt::format(
+                "unknown parameter '{}'; the qcow2 plugin takes file=, data-file=, passphrase=, metadata-cache=, "
+                "repair= and "
+                "check-only=",
+                key));
     }
 }
 

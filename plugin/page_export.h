@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) 2026, the qlean authors
 //
-// An export that is a page of text of fixed size, since a client caches an export's size. A read of its first byte makes
-// the page anew; reads at other offsets of the same connection continue it.
+// An export that is a page of text of fixed size, since a client caches an export's size. A read of its first byte
+// makes the page anew; reads at other offsets of the same connection continue it.
 #pragma once
 
 #include "exports.h"

@@ -20,7 +20,7 @@ struct Server {
     Options options;
     std::string nbdkit_version; ///< of the server that runs, not the one this was built for
     std::unique_ptr<Image> image;
-    std::unique_ptr<PosixFile> checked; ///< instead of an image: a file that is only checked
+    std::unique_ptr<PosixFile> checked;  ///< instead of an image: a file that is only checked
     std::optional<CheckReport> repaired; ///< what was fixed of it, and what is left
     MoveOwnership ownership;
     Gauges gauges;

@@ -95,12 +95,13 @@ std::string make_status_page(Server &server) {
         if (m.survey) {
             const auto pinned = server.gauges.pinned.load();
             const std::uint64_t data = m.survey->data + m.survey->packs;
-            page["clusters"] = {{"in_use", data + m.survey->metadata + static_cast<std::uint64_t>(std::max<std::int64_t>(pinned, 0))},
-                                {"data", data},
-                                {"metadata", m.survey->metadata},
-                                {"pinned", known(pinned)},
-                                {"retired", counts.retired},
-                                {"free", counts.complete ? json(counts.free + counts.punching) : json(nullptr)}};
+            page["clusters"] = {
+                {"in_use", data + m.survey->metadata + static_cast<std::uint64_t>(std::max<std::int64_t>(pinned, 0))},
+                {"data", data},
+                {"metadata", m.survey->metadata},
+                {"pinned", known(pinned)},
+                {"retired", counts.retired},
+                {"free", counts.complete ? json(counts.free + counts.punching) : json(nullptr)}};
             page["fragmentation"] = {{"allocated", m.survey->data + m.survey->compressed},
                                      {"fragmented", m.survey->fragmented},
                                      {"compressed", m.survey->compressed}};
@@ -113,7 +114,8 @@ std::string make_status_page(Server &server) {
                        {"pending", known(server.gauges.pending)},
                        {"moved_bytes", server.gauges.moved_bytes.load()},
                        {"given_back_bytes", server.gauges.given_back_bytes.load()}};
-    page["compression"] = {{"decompressed", state.compressed.decompressed()}, {"kept_bytes", state.compressed.memory_bytes()}};
+    page["compression"] = {{"decompressed", state.compressed.decompressed()},
+                           {"kept_bytes", state.compressed.memory_bytes()}};
     page["zeroes"] = {{"read_bytes", server.gauges.zero_read_bytes.load()},
                       {"freed_bytes", server.gauges.zero_freed_bytes.load()}};
     json owner = nullptr;

@@ -54,8 +54,8 @@ void Compact::prepare(const StopCheck &stop) {
         measure();
     if (state_.snapshots.any())
         look_at_snapshots(stop);
-    // A free tail, such as a killed server leaves, is worth a FLUSH even if nothing moves; so are counts that are too high
-    // and flags that are missing.
+    // A free tail, such as a killed server leaves, is worth a FLUSH even if nothing moves; so are counts that are too
+    // high and flags that are missing.
     if (!surplus_.empty() || lacks_copied_flags_ || state_.allocator.highest_in_use({0}).value < state_.allocator.end())
         gauges_.pending = static_cast<std::int64_t>(++layout_.pending);
     prepared_ = true;
@@ -159,9 +159,8 @@ std::vector<Maintenance::Planned> Compact::plan(GuestOffset at, std::uint64_t le
         bool asked_for_table = g.cluster_of(state_.l1.table(g.l1_index(first))) < ideal;
         bool empty = true;
         for (std::size_t i = 0; i < mappings.size(); ++i) {
-            bool to_do = mappings[i].has_host()
-                             ? state_.mapper.is_in_image(mappings[i]) && mappings[i].host >= ideal
-                             : to_repack(mappings[i], want);
+            bool to_do = mappings[i].has_host() ? state_.mapper.is_in_image(mappings[i]) && mappings[i].host >= ideal
+                                                : to_repack(mappings[i], want);
             empty = empty && state_.contents.is_nothing(first + i, mappings[i]);
             if (!asked_for_table && mappings[i].has_host()) {
                 asked_for_table = true;

@@ -37,9 +37,9 @@ class Compact final : public Maintenance {
         std::vector<std::pair<GuestCluster, std::uint64_t>> extents; ///< compressed; with their descriptors
         std::vector<std::uint64_t> tables;
     };
-    
+
     bool table_moves_with(GuestCluster c, const std::vector<Mapping> &mappings, GuestCluster first, HostCluster end);
-    
+
     void wait_for_room(std::uint64_t bytes);
     void has_returned(std::uint64_t bytes);
     void measure();
@@ -47,9 +47,9 @@ class Compact final : public Maintenance {
     void refresh(const StopCheck &stop);
     /// What is to be done with an entry as of one measurement.
     struct Wanted {
-        HostCluster end;                                  ///< nothing stays at or beyond it
-        HostCluster site_end;                             ///< below it, what comes free is for compressed extents
-        bool extents_move; ///< not with snapshots: what one of them may share would only be there twice
+        HostCluster end;      ///< nothing stays at or beyond it
+        HostCluster site_end; ///< below it, what comes free is for compressed extents
+        bool extents_move;    ///< not with snapshots: what one of them may share would only be there twice
         std::shared_ptr<const std::vector<bool>> emptied; ///< nor compressed extents in these
     };
     Wanted wanted(const StopCheck &stop);
@@ -86,18 +86,18 @@ class Compact final : public Maintenance {
     std::uint64_t pinned_ = 0;
     // Where there are compressed clusters; as of the walk that preceded the last plan:
     bool has_packs_ = false;
-    unsigned passes_ = 0; ///< such walks
+    unsigned passes_ = 0;                              ///< such walks
     bool packs_changed_ = false;                       ///< since that walk
     std::shared_ptr<const std::vector<bool>> emptied_; ///< packs that are to be emptied
-    std::uint64_t live_goal_ = 0; ///< clusters in use when all is done, without what Layout::measure takes out
-    HostCluster site_end_{0};     ///< below it, what comes free is for compressed extents
-    std::uint64_t slack_ = 0;                          ///< more than the ideal, because there was no room
+    std::uint64_t live_goal_ = 0;    ///< clusters in use when all is done, without what Layout::measure takes out
+    HostCluster site_end_{0};        ///< below it, what comes free is for compressed extents
+    std::uint64_t slack_ = 0;        ///< more than the ideal, because there was no room
     SnapshotWork snapshot_work_;     ///< as of the walk that preceded the last plan, less what was taken from it
     bool snapshots_changed_ = false; ///< since that walk
 
     Repacker repacker_;
     std::atomic<std::uint64_t> placed_{0}, unplaced_{0}; ///< bytes of extents, and those that found no room since then
-    std::mutex commit_mutex_; // one at a time gives back what was moved
+    std::mutex commit_mutex_;                            // one at a time gives back what was moved
     std::atomic<std::uint64_t> unreturned_{0}; ///< bytes being moved, or moved and their sources not punched yet
     std::atomic<std::uint64_t> moved_{0};      ///< of these, moved; lowered with commit_mutex_ held
 };

@@ -167,12 +167,13 @@ void Compact::look_at_snapshots(const StopCheck &stop) {
 SnapshotWork Compact::take_snapshot_work() {
     const std::lock_guard guard(mutex_);
     SnapshotWork work;
-    const auto take = [most = std::max<std::uint64_t>(most_uncommitted() / state_.geometry.cluster_size(), 1)](auto &from) {
-        const auto first = from.end() - static_cast<std::ptrdiff_t>(std::min<std::uint64_t>(most, from.size()));
-        std::remove_reference_t<decltype(from)> taken(first, from.end());
-        from.erase(first, from.end());
-        return taken;
-    };
+    const auto take =
+        [most = std::max<std::uint64_t>(most_uncommitted() / state_.geometry.cluster_size(), 1)](auto &from) {
+            const auto first = from.end() - static_cast<std::ptrdiff_t>(std::min<std::uint64_t>(most, from.size()));
+            std::remove_reference_t<decltype(from)> taken(first, from.end());
+            from.erase(first, from.end());
+            return taken;
+        };
     work.clusters = take(snapshot_work_.clusters);
     work.tables = take(snapshot_work_.tables);
     return work;

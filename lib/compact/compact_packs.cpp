@@ -15,7 +15,8 @@ constexpr unsigned max_emptying_passes = 4;
 
 } // namespace
 
-/// What is to become of compressed extents, and the end and the site that follow from it. With mutex_ held, after a walk.
+/// What is to become of compressed extents, and the end and the site that follow from it. With mutex_ held, after a
+/// walk.
 void Compact::measure_packs(const Packs &packs) {
     const Geometry &g = state_.geometry;
     // Where a pass found a place for hardly anything of what it had to move, the next one would not either.
@@ -124,9 +125,9 @@ void Compact::move_extents(const Work &work, const Wanted &want, const StopCheck
         if (repack(work.extents[i].first, work.extents[i].second, want))
             continue;
         for (; i < work.extents.size(); ++i)
-            unplaced_ += std::max(
-                entry::compressed_extent(work.extents[i].second, state_.geometry.cluster_bits()).bytes,
-                Packs::least_part(state_.geometry));
+            unplaced_ +=
+                std::max(entry::compressed_extent(work.extents[i].second, state_.geometry.cluster_bits()).bytes,
+                         Packs::least_part(state_.geometry));
     }
 }
 

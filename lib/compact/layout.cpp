@@ -42,8 +42,8 @@ Layout Layout::measure(State &state, std::uint64_t live, std::uint64_t leaked, s
         end = needed;
     }
 
-    layout.pending = leaked + empty_tables + bitmap_clusters_beyond(state, layout.end) +
-                     snapshot_clusters_beyond(state, layout.end);
+    layout.pending =
+        leaked + empty_tables + bitmap_clusters_beyond(state, layout.end) + snapshot_clusters_beyond(state, layout.end);
     for (const auto &[region, cluster] : blocks)
         layout.pending += cluster >= layout.end || region > layout.last_region;
     for (std::uint64_t i = 0; i < state.l1.size(); ++i)

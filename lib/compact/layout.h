@@ -15,8 +15,8 @@ struct Layout {
     std::uint64_t table_clusters = 0; ///< of the refcount table, when done
     std::uint64_t pending = 0;        ///< clusters without a guest offset that still move or go
 
-    /// `live`: clusters in use, or that will be; of these `leaked` are about to be given back, and `empty_tables` are L2
-    /// tables about to go. Every free map is loaded.
+    /// `live`: clusters in use, or that will be; of these `leaked` are about to be given back, and `empty_tables` are
+    /// L2 tables about to go. Every free map is loaded.
     static Layout measure(State &state, std::uint64_t live, std::uint64_t leaked, std::uint64_t empty_tables);
 };
 

@@ -28,8 +28,8 @@ class Maintenance {
     virtual ~Maintenance() = default;
 
     /// The range as alternating runs of "to do" and "nothing to do", at most `most` of them. Changes nothing.
-    virtual std::vector<Planned> plan(
-        GuestOffset at, std::uint64_t length, std::size_t most, const StopCheck &stop = never) = 0;
+    virtual std::vector<Planned> plan(GuestOffset at, std::uint64_t length, std::size_t most,
+                                      const StopCheck &stop = never) = 0;
     /// Does what the plan says of the range. May do less and return (contended, no room): the plan tells. Throws Error
     /// (busy) if another connection owns the operation, Error (stopped) when `stop` says so.
     virtual void run(GuestOffset at, std::uint64_t length, const StopCheck &stop) = 0;

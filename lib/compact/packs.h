@@ -24,8 +24,8 @@ class Packs {
     static std::uint64_t least_part(const Geometry &geometry);
 
     using Question = std::function<bool(HostCluster)>;
-    /// By host cluster: packs to empty, because what is in them fits into fewer. Whole stretches of packs, for an extent
-    /// lies across two of them where they are adjacent. Nothing if less than `worth` clusters come free by it.
+    /// By host cluster: packs to empty, because what is in them fits into fewer. Whole stretches of packs, for an
+    /// extent lies across two of them where they are adjacent. Nothing if less than `worth` clusters come free by it.
     std::vector<bool> worth_emptying(std::uint64_t worth) const;
 
     struct Moving {
@@ -45,16 +45,17 @@ class Packs {
 
   private:
     /// Calls f(host cluster, bytes) for the part of the extent in each host cluster.
-    template <class F> void each_part(HostOffset at, std::uint64_t bytes, F &&f) const;
+    template <class F>
+    void each_part(HostOffset at, std::uint64_t bytes, F &&f) const;
     /// How long the extent is, on average, that does not fit at the end of a stretch: long ones are less likely to.
     std::uint64_t misfit() const;
 
     Geometry geometry_;
-    std::uint64_t unit_;             ///< bytes that one of used_ stands for
+    std::uint64_t unit_; ///< bytes that one of used_ stands for
     std::uint64_t least_;
     std::vector<std::uint16_t> used_; ///< by host cluster, in units
-    std::uint64_t bytes_ = 0;  ///< of all extents
-    double squares_ = 0;       ///< and their squares
+    std::uint64_t bytes_ = 0;         ///< of all extents
+    double squares_ = 0;              ///< and their squares
     CompressedExtent last_{};
 };
 

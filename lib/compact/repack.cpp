@@ -58,9 +58,9 @@ void Repacker::begin_stretch(Allocator::Reservation clusters) {
     std::fill(filled_.begin() + static_cast<std::ptrdiff_t>(first.value),
               filled_.begin() + static_cast<std::ptrdiff_t>(end.value), true);
     if (stretches_.size() == max_stretches) {
-        const auto least = std::min_element(
-            stretches_.begin(), stretches_.end(),
-            [](const Stretch &a, const Stretch &b) { return a.end - a.at < b.end - b.at; });
+        const auto least =
+            std::min_element(stretches_.begin(), stretches_.end(),
+                             [](const Stretch &a, const Stretch &b) { return a.end - a.at < b.end - b.at; });
         stretches_.erase(least);
     }
     stretches_.push_back({std::move(clusters), g.offset_of(first), g.offset_of(end), 0});
@@ -74,7 +74,8 @@ bool Repacker::open_stretch(std::uint64_t bytes, const Site &site) {
         std::max(least, std::clamp<std::uint64_t>(stretch_bytes >> g.cluster_bits(), 1, max_stretch_clusters));
     const auto below = [&](HostCluster limit) {
         for (std::uint64_t n = most;; n = std::max(n / 2, least)) {
-            if (auto room = state_.allocator.reserve_contiguous_below(n, limit, {0}, Allocator::Embargo::respected); !room.empty()) {
+            if (auto room = state_.allocator.reserve_contiguous_below(n, limit, {0}, Allocator::Embargo::respected);
+                !room.empty()) {
                 begin_stretch(std::move(room));
                 return true;
             }

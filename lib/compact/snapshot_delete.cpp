@@ -148,7 +148,8 @@ void set_copied_flags(State &state, const StopCheck &stop) {
         }
         if (candidates.empty() && (word & entry::copied))
             continue;
-        // The count of what an entry refers to only falls, so what is one now stays one as long as the entry is the same.
+        // The count of what an entry refers to only falls, so what is one now stays one as long as the entry is the
+        // same.
         ours.clear();
         bool own_table = word & entry::copied;
         state.write_back.lead([&] {

@@ -41,8 +41,8 @@ bool move_snapshot_l2_table(State &state, std::uint64_t i, HostOffset table, Hos
 /// These are durable when they return. The first stops when it has moved `most` clusters.
 void move_snapshot_l1_tables(State &state, HostCluster end, std::uint64_t most);
 void move_snapshot_table(State &state, HostCluster end);
-/// Puts the snapshot table, without `gone`, to `room`; an empty one needs none. Nothing that is pending may be for tables
-/// of `gone`.
+/// Puts the snapshot table, without `gone`, to `room`; an empty one needs none. Nothing that is pending may be for
+/// tables of `gone`.
 void store_snapshot_table(State &state, Allocator::Reservation room, const Snapshot *gone);
 /// Clusters that the largest of these wants adjacent.
 std::uint64_t adjacent_clusters_of_snapshots(State &state, HostCluster end);

@@ -18,7 +18,7 @@ struct Survey {
     std::uint64_t data = 0;       ///< clusters that guest clusters map to
     std::uint64_t compressed = 0; ///< guest clusters that are compressed
     std::uint64_t packs = 0;      ///< clusters that hold their extents
-    std::uint64_t metadata = 0; ///< header, L1, L2, refcount structures
+    std::uint64_t metadata = 0;   ///< header, L1, L2, refcount structures
     /// As `qemu-img check` counts: clusters whose predecessor in guest order is not their neighbour in the file, and
     /// all compressed ones.
     std::uint64_t fragmented = 0;
@@ -29,7 +29,7 @@ struct Survey {
     /// Counts above the number of referrers, beside that of `leaked`, once for each count too many; as leaked.
     std::vector<HostRun> surplus;
     std::optional<Packs> how_packed; ///< set where there are compressed clusters
-    std::vector<HostRun> pinned; ///< a refcount, and no referrer that is known; stays where it is
+    std::vector<HostRun> pinned;     ///< a refcount, and no referrer that is known; stays where it is
     /// Entries of the active image, in L1 or L2, lack COPIED though nobody else refers to what they do: what a crash
     /// leaves.
     bool lacks_copied_flags = false;

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) 2026, the qlean authors
 //
-// Finds allocated clusters that hold nothing but zeroes and gives them back; so with subclusters, where there are such. The plan is every allocated cluster not
-// yet known to hold something; a pass over it leaves it empty. Moves nothing, so it needs no ownership.
+// Finds allocated clusters that hold nothing but zeroes and gives them back; so with subclusters, where there are such.
+// The plan is every allocated cluster not yet known to hold something; a pass over it leaves it empty. Moves nothing,
+// so it needs no ownership.
 #pragma once
 
-#include "maintenance.h"
 #include "../subclusters.h"
+#include "maintenance.h"
 #include "survey.h"
 
 namespace qlean {

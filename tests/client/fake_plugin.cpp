@@ -268,20 +268,19 @@ std::string make_page() {
     if (!settings.busy.empty()) {
         owner = {{"export", settings.busy}, {"connection", 77}};
     }
-    json page = {
-        {"qlean", 1},
-        {"version", "0.0-fake"},
-        {"server", server},
-        {"image", {{"file", settings.file}, {"virtual_size", settings.size}, {"cluster_size", unit}}},
-        {"file", {{"length", file_length}, {"allocated", file_length / 2}}},
-        {"clusters",
-         {{"in_use", 100}, {"data", 90}, {"metadata", 10}, {"pinned", 0}, {"retired", 0}, {"free", nullptr}}},
-        {"fragmentation", {{"allocated", 90}, {"fragmented", left != 0 ? 45 : 0}}},
-        {"compact", {{"ideal_end", 100 * unit}, {"pending", pending}}},
-        {"maintenance", {{"owner", owner}}},
-        {"poisoned", false},
-        {"a_field_from_the_future", {1, 2, 3}},
-        {"last_error", last_error.empty() ? json() : json(last_error)}};
+    json page = {{"qlean", 1},
+                 {"version", "0.0-fake"},
+                 {"server", server},
+                 {"image", {{"file", settings.file}, {"virtual_size", settings.size}, {"cluster_size", unit}}},
+                 {"file", {{"length", file_length}, {"allocated", file_length / 2}}},
+                 {"clusters",
+                  {{"in_use", 100}, {"data", 90}, {"metadata", 10}, {"pinned", 0}, {"retired", 0}, {"free", nullptr}}},
+                 {"fragmentation", {{"allocated", 90}, {"fragmented", left != 0 ? 45 : 0}}},
+                 {"compact", {{"ideal_end", 100 * unit}, {"pending", pending}}},
+                 {"maintenance", {{"owner", owner}}},
+                 {"poisoned", false},
+                 {"a_field_from_the_future", {1, 2, 3}},
+                 {"last_error", last_error.empty() ? json() : json(last_error)}};
     if (settings.guest_p99 != 0) {
         page["guest"]["latency_us"]["p99"] = settings.guest_p99;
     }

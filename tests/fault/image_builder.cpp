@@ -200,7 +200,8 @@ BuiltImage build_image(const ImagePlan &plan) {
         const std::uint64_t more = (extent.at + extent.bytes.size() - 1) / 512 - extent.at / 512;
         built.set_word(built.l2_entry_at(extent.guest, plan.cluster_bits),
                        std::uint64_t{1} << 62 | more << (62 - (plan.cluster_bits - 8)) | extent.at);
-        std::copy(extent.bytes.begin(), extent.bytes.end(), built.bytes.begin() + static_cast<std::ptrdiff_t>(extent.at));
+        std::copy(extent.bytes.begin(), extent.bytes.end(),
+                  built.bytes.begin() + static_cast<std::ptrdiff_t>(extent.at));
     }
     for (std::size_t i = 0; i < built.refcount_blocks.size(); ++i)
         built.set_word(built.refcount_table + i * 8, built.refcount_blocks[i]);
@@ -245,8 +246,14 @@ class Edited {
   public:
     explicit Edited(Bytes bytes) : bytes_(std::move(bytes)), cluster_(std::uint64_t{1} << get<std::uint32_t>(20)) {}
 
-    template <class T> T get(std::uint64_t at) const { return load_be<T>(bytes_, at); }
-    template <class T> void set(std::uint64_t at, T value) { store_be<T>(bytes_, at, value); }
+    template <class T>
+    T get(std::uint64_t at) const {
+        return load_be<T>(bytes_, at);
+    }
+    template <class T>
+    void set(std::uint64_t at, T value) {
+        store_be<T>(bytes_, at, value);
+    }
     std::uint64_t cluster() const { return cluster_; }
     Bytes &bytes() { return bytes_; }
 

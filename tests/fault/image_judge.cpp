@@ -96,8 +96,8 @@ class Judge {
         directory_bytes_ = bytes;
         std::uint64_t entry = directory_;
         for (std::uint64_t i = 0; i < count && entry + 24 <= image_.size(); ++i) {
-            Bitmap b{be64(entry), load_be<std::uint32_t>(image_, entry + 8), load_be<std::uint32_t>(image_, entry + 12),
-                     {}};
+            Bitmap b{
+                be64(entry), load_be<std::uint32_t>(image_, entry + 8), load_be<std::uint32_t>(image_, entry + 12), {}};
             if (b.table % cluster_ != 0 || b.words > 4096 || b.flags > 3) {
                 blame("bitmap {} is damaged", i);
                 return found;
@@ -316,8 +316,7 @@ class Judge {
                     refer_to_extent(word, guest);
                     continue;
                 }
-                if (word & ~(copied | offset_mask | 1) ||
-                    (word & 1 && (version_ < 3 || extended_))) {
+                if (word & ~(copied | offset_mask | 1) || (word & 1 && (version_ < 3 || extended_))) {
                     blame("the L2 entry of guest offset {:#x} is {:#x}", guest, word);
                     continue;
                 }
@@ -401,7 +400,8 @@ std::optional<std::string> judge_bitmaps(std::span<const std::byte> image, std::
         }
         const Bytes disk = guest_bytes(image), old = guest_bytes(before);
         for (std::uint64_t at = 0; at < disk.size(); ++at)
-            if (disk[at] != (at < old.size() ? old[at] : std::byte{0}) && (now[i].stored[at / 512 / 8] >> at / 512 % 8 & std::byte{1}) == std::byte{0})
+            if (disk[at] != (at < old.size() ? old[at] : std::byte{0}) &&
+                (now[i].stored[at / 512 / 8] >> at / 512 % 8 & std::byte{1}) == std::byte{0})
                 return fmt::format("byte {} of the disk changed, and a consistent bitmap does not say so", at);
     }
     return std::nullopt;

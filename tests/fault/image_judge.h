@@ -34,7 +34,8 @@ std::optional<std::string> judge_snapshots(std::span<const std::byte> image, std
 std::map<std::string, Bytes> snapshot_disks(std::span<const std::byte> image);
 
 /// Bitmaps that count, of `image`, which began as `before`: an enabled one that is consistent has a bit for all that
-/// differs (granularity 512, as build_image makes them), a disabled one has every byte it had. Nothing, or what is wrong.
+/// differs (granularity 512, as build_image makes them), a disabled one has every byte it had. Nothing, or what is
+/// wrong.
 std::optional<std::string> judge_bitmaps(std::span<const std::byte> image, std::span<const std::byte> before);
 /// There is an enabled bitmap, and it is consistent.
 bool has_consistent_bitmap(std::span<const std::byte> image);

@@ -52,7 +52,8 @@ std::uint64_t hash(const Bytes &bytes) {
 bool only_lacks_flags(const QemuVerdict &verdict) {
     std::istringstream lines(verdict.output);
     for (std::string line; std::getline(lines, line);)
-        if (line.rfind("ERROR", 0) == 0 && (line.find("OFLAG_COPIED") == std::string::npos || !line.ends_with("refcount=1")))
+        if (line.rfind("ERROR", 0) == 0 &&
+            (line.find("OFLAG_COPIED") == std::string::npos || !line.ends_with("refcount=1")))
             return false;
     return verdict.status == 2;
 }
@@ -165,7 +166,8 @@ class Campaign {
             Bytes known = disk; // the guest knows the disk as it was; what a resize added reads as zeroes
             known.resize(std::min(known.size(), run.guest->now().size()));
             if (std::any_of(disk.begin() + static_cast<std::ptrdiff_t>(known.size()), disk.end(),
-                            [](std::byte b) { return b != std::byte{0}; }) && wrong.empty())
+                            [](std::byte b) { return b != std::byte{0}; }) &&
+                wrong.empty())
                 wrong = "what a resize added is not zero";
             if (const auto lost = run.guest->verdict(known, moment); lost && wrong.empty())
                 wrong = *lost;

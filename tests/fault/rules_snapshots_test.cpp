@@ -223,7 +223,8 @@ TEST_CASE("C1: what was found to lie beyond another end, and does not beyond thi
     bool moved = true;
     state.write_back.lead([&, i = i, table = table] { moved = move_snapshot_l2_table(state, i, table, {4000}); });
     CHECK_FALSE(moved);
-    CHECK(move_snapshot_clusters(state, work, {4000}, [] {}, never) == 0);
+    CHECK(move_snapshot_clusters(
+              state, work, {4000}, [] {}, never) == 0);
     CHECK(find_snapshot_work(state, {600}, 1000, never).clusters.size() == 64);
 }
 
@@ -243,7 +244,8 @@ TEST_CASE("C1: a window is emptied of every host cluster that one guest cluster 
     Layout layout;
     layout.end = {110};
     const std::uint64_t count = layout.end - active.host;
-    REQUIRE(empty_window(state, layout, count, [](GuestCluster, std::uint64_t) {}, [] {}));
+    REQUIRE(empty_window(
+        state, layout, count, [](GuestCluster, std::uint64_t) {}, [] {}));
     state.write_back.commit(WriteBack::Give::back);
     for (HostCluster c = active.host; c < layout.end; ++c)
         CHECK(state.allocator.is_free(c));

@@ -122,7 +122,8 @@ TEST_CASE("QEMU merge 03bf012e: requests over clusters of every kind, of any ali
     rig.finish();
 }
 
-TEST_CASE("QEMU msg63843: discarding in a version 2 image, which has no zero clusters") { // with a backing file: backing_test
+TEST_CASE(
+    "QEMU msg63843: discarding in a version 2 image, which has no zero clusters") { // with a backing file: backing_test
     Rig rig(build_image([] {
                 ImagePlan plan;
                 plan.version = 2;
