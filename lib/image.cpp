@@ -197,7 +197,7 @@ void Image::close() {
     stop_housekeeping();
     if (state_.read_only || state_.write_back.poisoned())
         return;
-    const bool idle = state_.write_back.commits() == 0 && !state_.write_back.anything_to_commit();
+    const bool idle = !state_.write_back.changed();
     if (idle)
         state_.write_back.commit(WriteBack::Give::later);
     else

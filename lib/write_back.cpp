@@ -36,6 +36,8 @@ void WriteBack::before_change() {
     if (read_only_)
         throw Error(Error::Kind::denied, EPERM, fmt::format("'{}' is served read-only", file_.name()));
     require_healthy();
+    if (!changed())
+        changed_.store(true, std::memory_order_relaxed);
     std::call_once(first_change_, [&] {
         if (autoclear_to_clear() == 0)
             return;
@@ -98,7 +100,7 @@ void WriteBack::commit(Give give) {
         if (give == Give::back)
             give_back_next_ = true;
         if (leading_) {
-            changed_.wait(guard);
+            led_.wait(guard);
             continue;
         }
         leading_ = true;
@@ -120,19 +122,19 @@ void WriteBack::commit(Give give) {
             if (mode == Give::back)
                 gave_back_ = round;
         }
-        changed_.notify_all();
+        led_.notify_all();
     }
 }
 
 void WriteBack::lead(const std::function<void()> &task) {
     std::unique_lock guard(mutex_);
-    changed_.wait(guard, [&] { return !leading_; });
+    led_.wait(guard, [&] { return !leading_; });
     leading_ = true;
     guard.unlock();
     const auto done = [&] {
         guard.lock();
         leading_ = false;
-        changed_.notify_all();
+        led_.notify_all();
     };
     try {
         task();
@@ -150,7 +152,8 @@ void WriteBack::commit_as_leader(Give give) { run(give); }
 void WriteBack::run(Give give) {
     require_healthy();
     const auto began = std::chrono::steady_clock::now();
-    link_ahead();
+    if (give == Give::back || anything_to_commit())
+        link_ahead();
 
     Round round;
     round.retired = allocator_.take_retired();

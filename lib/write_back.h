@@ -65,6 +65,8 @@ class WriteBack {
     /// To be called before anything of the image changes, with no lock held. Throws Error if it may not change. The
     /// first call makes durable that features which we do not keep up (autoclear bits) are no longer to be relied on.
     void before_change();
+    /// The image has changed, or may have, since it was opened.
+    bool changed() const { return changed_.load(std::memory_order_relaxed); }
     /// Autoclear features that are kept up, and so stay set. Before anything changes.
     void keep_up(std::uint64_t autoclear_bits) { kept_up_ |= autoclear_bits; }
     /// Throws Error if the image is poisoned.
@@ -98,6 +100,7 @@ class WriteBack {
     Geometry geometry_;
     const bool read_only_;
     std::once_flag first_change_;
+    std::atomic<bool> changed_{false};
     std::uint64_t kept_up_ = 0;
     File &file_;
     SyncLog &syncs_;
@@ -109,7 +112,7 @@ class WriteBack {
     Allocator &allocator_;
 
     std::mutex mutex_;
-    std::condition_variable changed_;
+    std::condition_variable led_;
     bool leading_ = false;
     bool give_back_next_ = false;
     std::uint64_t started_ = 0;

@@ -11,7 +11,7 @@ Scene::Scene(Bytes bytes, std::uint64_t cache_bytes, bool settled)
     disk->record();
     image = open_image(disk, false, cache_bytes);
     if (settled)
-        image->flush();
+        image->give_back();
     guest = std::make_unique<RecordedGuest>(*image, *disk, fresh_seed());
 }
 
