@@ -171,22 +171,29 @@ void Header::require_known(const std::string &file) const {
         if ((incompatible & ~known) >> bit & 1)
             throw Error(Error::Kind::unsupported, ENOTSUP,
                         fmt::format("'{}' cannot be opened: it needs {}", file, feature_name(*this, bit)));
-}
-
-void Header::require_supported(const std::string &file) const {
-    const auto unsupported = [&](const std::string &feature) {
-        throw Error(Error::Kind::unsupported, ENOTSUP,
-                    fmt::format("'{}' uses {}, which is not supported yet", file, feature));
-    };
-    require_known(file);
-    if (snapshot_count != 0 && (incompatible & incompatible_data_file))
-        unsupported("internal snapshots of an external data file");
     if (compression_type > 1)
-        unsupported(fmt::format("compression type {}", compression_type));
+        throw Error(Error::Kind::unsupported, ENOTSUP,
+                    fmt::format("'{}' cannot be opened: its compression type {} is unknown", file, compression_type));
     // As QEMU: the bit says that it is not deflate.
     if ((compression_type != 0) != ((incompatible & incompatible_compression) != 0))
         throw_bad_image("'{}' is damaged: its compression type is {}, and its feature bit for that is {}", file,
                         compression_type, compression_type != 0 ? "not set" : "set");
+    if (crypt_method > crypt_luks)
+        throw Error(Error::Kind::unsupported, ENOTSUP,
+                    fmt::format("'{}' cannot be opened: its encryption method {} is unknown", file, crypt_method));
+    if (crypt_method == crypt_luks && extension(extension_encryption) == nullptr)
+        throw_bad_image("'{}' is damaged: it is encrypted with LUKS, but does not say where its encryption header is",
+                        file);
+    if (crypt_method != crypt_luks && extension(extension_encryption) != nullptr)
+        throw_bad_image("'{}' is damaged: it has an encryption header, but is not encrypted with LUKS", file);
+}
+
+void Header::require_supported(const std::string &file) const {
+    require_known(file);
+    if (snapshot_count != 0 && (incompatible & incompatible_data_file))
+        throw Error(
+            Error::Kind::unsupported, ENOTSUP,
+            fmt::format("'{}' has internal snapshots and an external data file, which is not supported", file));
 }
 
 std::size_t Header::fixed_length() const { return version == 2 ? v2_length : v3_length; }

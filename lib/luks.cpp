@@ -108,20 +108,13 @@ SectorCipher unlock_luks(std::span<const std::byte> header, const Secret &passph
 std::optional<LuksUnlocked> unlock_image(File &file, const Header &header, const Secret *passphrase) {
     const std::string &name = file.name();
     const HeaderExtension *extension = header.extension(Header::extension_encryption);
-    if (header.crypt_method != Header::crypt_luks && extension != nullptr)
-        throw_bad_image("'{}' is damaged: it has an encryption header, but is not encrypted with LUKS", name);
     if (header.crypt_method == Header::crypt_none)
         return std::nullopt;
-    if (header.crypt_method != Header::crypt_luks)
+    if (header.crypt_method == Header::crypt_aes)
         throw Error(Error::Kind::unsupported, ENOTSUP,
-                    fmt::format("'{}' uses {}, which is not supported; convert it to LUKS with 'qemu-img convert'",
-                                name,
-                                header.crypt_method == Header::crypt_aes
-                                    ? "QEMU's legacy AES encryption"
-                                    : fmt::format("unknown encryption method {}", header.crypt_method)));
-    if (extension == nullptr)
-        throw_bad_image("'{}' is damaged: it is encrypted with LUKS, but does not say where its encryption header is",
-                        name);
+                    fmt::format("'{}' uses QEMU's legacy AES encryption, which is not supported; convert it to LUKS with "
+                                "'qemu-img convert'",
+                                name));
     const Geometry geometry = header.geometry();
     const LuksPointer pointer = LuksPointer::parse(extension->data, geometry, name);
     const std::uint64_t length = file.length();

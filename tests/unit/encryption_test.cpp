@@ -213,10 +213,7 @@ TEST_CASE("An image that is not encrypted as it says is refused") {
     CHECK(refusal(header) == "not encrypted");
     header.crypt_method = Header::crypt_aes;
     CHECK(says(refusal(header), "legacy AES"));
-    header.crypt_method = 3;
-    CHECK(says(refusal(header), "method 3"));
     header.crypt_method = Header::crypt_luks;
-    CHECK(says(refusal(header), "does not say where"));
     Bytes pointer(16);
     store_be<std::uint64_t>(pointer, 0, 1 << 16);
     store_be<std::uint64_t>(pointer, 8, 1 << 20);
@@ -226,8 +223,6 @@ TEST_CASE("An image that is not encrypted as it says is refused") {
     header.extensions[0].data = pointer;
     CHECK(says(refusal(header), "give its passphrase"));
     CHECK(says(refusal(header, &secret), "should hold a LUKS header"));
-    header.crypt_method = Header::crypt_none;
-    CHECK(says(refusal(header), "not encrypted with LUKS"));
 }
 
 TEST_CASE("An image whose data is encrypted is a byte array all the same") {

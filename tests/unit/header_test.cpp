@@ -183,6 +183,11 @@ TEST_CASE("What is not supported is refused by name") {
     require_refused(bytes, "compression type 2");
     bytes[104] = std::byte{0}; // deflate, and a bit that says that it is not
     require_refused(bytes, "compression type is 0");
+    require_refused(with(32, std::uint32_t{3}), "encryption method 3");
+    require_refused(with(32, std::uint32_t{2}), "does not say where");
+    Header plain = sample();
+    plain.extensions.push_back({Header::extension_encryption, std::vector<std::byte>(16)});
+    require_refused(encoded(plain), "not encrypted with LUKS");
 }
 
 TEST_CASE("An unknown feature is called what the image calls it, without its control characters") {
