@@ -166,6 +166,11 @@ void Bitmaps::begin() {
 }
 
 void Bitmaps::begin_as_leader() {
+    if (!tracked_.empty()) { // storing them failed half-way
+        for (const Tracked &t : tracked_)
+            write_flags(t.entry, entries_[t.entry].flags);
+        return write_back_.sync_as_leader();
+    }
     std::vector<std::size_t> chosen;
     for (std::size_t i = 0; i < size(); ++i)
         if (entries_[i].tracked())
@@ -261,13 +266,14 @@ void Bitmaps::store_as_leader() {
                 switch_stored(tracked_[n].entry, words[n]);
         });
     }
+    // If this fails nobody knows what the file says: whoever changes something first says once more that they are in use.
+    begun_.store(false, std::memory_order_release);
     for (const Tracked &t : tracked_)
         write_flags(t.entry, entries_[t.entry].flags & ~BitmapEntry::flag_in_use);
     write_back_.sync_as_leader();
     for (const Tracked &t : tracked_)
         entries_[t.entry].flags &= ~BitmapEntry::flag_in_use;
     tracked_.clear();
-    begun_ = false;
 }
 
 /// Writes the clusters of one bitmap in which bits were set; `words` is what its table has to say of new ones.

@@ -2,6 +2,8 @@
 // Copyright (c) 2026, the qlean authors
 //
 // A resize that fails at any point leaves the old disk or the new one, and nothing is lost; tried again, it succeeds.
+#include "lib/byte_order.h"
+#include "tests/fault/image_judge.h"
 #include "tests/fault/scene.h"
 
 using namespace qlean;
@@ -110,4 +112,41 @@ TEST_CASE("resize: a shared table that was copied and not committed is not relie
     const auto verdict = judge(disk->bytes());
     INFO(verdict.text());
     CHECK(verdict.sound());
+}
+
+TEST_CASE("resize: bitmaps whose storing failed half-way are in use again before the guest goes on") {
+    const Bytes original = image(true);
+    std::uint64_t struck = 0;
+    for (std::uint64_t nth = 1;; ++nth) {
+        INFO("write " << nth);
+        const auto disk = std::make_shared<FaultyDisk>(original);
+        disk->record();
+        auto opened = open_image(disk);
+        opened->write(bytes_of(1000, 7), {5000});
+        opened->flush();
+        Fault fault;
+        fault.ops = mask(Op::write);
+        fault.nth = nth;
+        fault.partial = 1 << 20; // it has written all, and says that it failed
+        disk->fail(fault);
+        try {
+            opened->resize(new_size);
+        } catch (const Error &) {
+        }
+        if (!disk->struck())
+            break;
+        ++struck;
+        disk->heal();
+        if (opened->state().write_back.poisoned())
+            continue;
+        opened->write(bytes_of(1000, 8), {40000});
+        opened->flush();
+        opened.reset(); // killed
+        if (load_be<std::uint64_t>(disk->bytes(), 24) == old_size) {
+            const auto wrong = judge_bitmaps(disk->bytes(), original);
+            INFO(wrong.value_or("right"));
+            CHECK_FALSE(wrong.has_value());
+        }
+    }
+    CHECK(struck > 10);
 }
