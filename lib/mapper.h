@@ -86,9 +86,6 @@ class Mapper {
         /// The whole cluster is data in `host`, which belongs to this entry alone.
         void set_data(GuestCluster c, HostCluster host);
         /// The whole cluster is in an extent, on whose host clusters this entry holds its references already.
-        void set_compressed(GuestCluster c, std::uint64_t descriptor) {
-            set_words(c, {descriptor | entry::compressed, 0});
-        }
         void set_unallocated(GuestCluster c) { set_words(c, {}); }
         /// Reads as zeroes, whatever lies below. Not in version 2.
         void set_zero(GuestCluster c);

@@ -47,7 +47,7 @@ void Compact::prepare(const StopCheck &stop) {
     if (!leaked_.empty() || !surplus_.empty())
         watch_ = std::move(watch);
     state_.allocator.load_all();
-    has_packs_ = survey.how_packed.has_value() && !state_.snapshots.any();
+    has_packs_ = survey.how_packed.has_value();
     if (has_packs_)
         measure_packs(*survey.how_packed);
     else
@@ -103,8 +103,11 @@ std::uint64_t Compact::most_uncommitted() const {
 Compact::Wanted Compact::wanted(const StopCheck &stop) {
     prepare(stop);
     const std::lock_guard guard(mutex_);
-    return {layout_.end, std::min(site_end_, layout_.end), has_packs_, emptied_};
+    return wanted_now();
 }
+
+/// With mutex_ held.
+Compact::Wanted Compact::wanted_now() const { return {layout_.end, std::min(site_end_, layout_.end), emptied_}; }
 
 // --- the plan -----------------------------------------------------------------------------------------------------
 

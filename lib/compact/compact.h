@@ -47,17 +47,19 @@ class Compact final : public Maintenance {
     void refresh(const StopCheck &stop);
     /// What is to be done with an entry as of one measurement.
     struct Wanted {
-        HostCluster end;      ///< nothing stays at or beyond it
-        HostCluster site_end; ///< below it, what comes free is for compressed extents
-        bool extents_move;    ///< not with snapshots: what one of them may share would only be there twice
+        HostCluster end;                                  ///< nothing stays at or beyond it
+        HostCluster site_end;                             ///< below it, what comes free is for compressed extents
         std::shared_ptr<const std::vector<bool>> emptied; ///< nor compressed extents in these
     };
     Wanted wanted(const StopCheck &stop);
+    Wanted wanted_now() const;
     bool to_repack(const Mapping &mapping, const Wanted &wanted) const;
     Work find_work(GuestCluster first, GuestCluster last, const Wanted &want);
     void move_plain(const Work &work, const Wanted &want, const StopCheck &stop);
     void move_extents(const Work &work, const Wanted &want, const StopCheck &stop);
     bool repack(GuestCluster c, std::uint64_t descriptor, const Wanted &want);
+    Repacker::Outcome move_extent(GuestCluster c, std::uint64_t descriptor, const Wanted &want);
+    void move_snapshot_extents(const SnapshotWork &work, const StopCheck &stop);
     std::uint64_t taken_out_of_live() const;
     void look_at_snapshots(const StopCheck &stop);
     SnapshotWork take_snapshot_work();

@@ -104,6 +104,7 @@ void Compact::settle_metadata(const Layout &layout, const StopCheck &stop) {
             work = take_snapshot_work();
             const std::uint64_t moved = move_snapshot_clusters(state_, work, layout.end, give_back, stop);
             has_moved_of_snapshots(moved);
+            move_snapshot_extents(work, stop);
             state_.write_back.commit(WriteBack::Give::back);
         }
         const std::uint64_t wanted =
@@ -158,7 +159,9 @@ void Compact::settle_metadata(const Layout &layout, const StopCheck &stop) {
 /// Snapshots may have many tables, so they are walked between two passes, when the plan is read. With mutex_ held.
 void Compact::look_at_snapshots(const StopCheck &stop) {
     const std::shared_lock guard(state_.snapshots.lock());
-    snapshot_work_ = find_snapshot_work(state_, layout_.end, max_snapshot_work, stop);
+    const Wanted want = wanted_now();
+    snapshot_work_ = find_snapshot_work(
+        state_, want.end, [&](const Mapping &m) { return to_repack(m, want); }, max_snapshot_work, stop);
     snapshots_changed_ = false;
     measure();
 }
@@ -175,8 +178,22 @@ SnapshotWork Compact::take_snapshot_work() {
             return taken;
         };
     work.clusters = take(snapshot_work_.clusters);
+    work.extents = take(snapshot_work_.extents);
     work.tables = take(snapshot_work_.tables);
     return work;
+}
+
+/// Extents that only snapshots have. With commit_mutex_ held.
+void Compact::move_snapshot_extents(const SnapshotWork &work, const StopCheck &stop) {
+    const Wanted want = wanted(stop);
+    for (const auto &[c, descriptor] : work.extents) {
+        require_going(stop);
+        const auto outcome = move_extent(c, descriptor, want);
+        if (outcome == Repacker::Outcome::no_room)
+            break;
+        if (outcome == Repacker::Outcome::moved)
+            has_moved_of_snapshots(1);
+    }
 }
 
 void Compact::has_moved_of_snapshots(std::uint64_t clusters) {

@@ -62,14 +62,17 @@ void Compact::measure_packs(const Packs &packs) {
 /// for each FLUSH.
 void Compact::refresh(const StopCheck &stop) {
     const std::lock_guard guard(mutex_);
-    if (prepared_ && snapshots_changed_ && state_.snapshots.any())
-        look_at_snapshots(stop);
-    if (!prepared_ || !has_packs_ || !packs_changed_)
+    if (!prepared_)
         return;
-    const bool was_open = repacker_.close();
-    if (was_open)
-        image_.give_back();
-    measure_packs(survey_packs(state_, stop));
+    bool was_open = false;
+    if (has_packs_ && packs_changed_) {
+        was_open = repacker_.close();
+        if (was_open)
+            image_.give_back();
+        measure_packs(survey_packs(state_, stop));
+    }
+    if (snapshots_changed_ && state_.snapshots.any())
+        look_at_snapshots(stop);
     if (was_open && state_.allocator.highest_in_use({0}).value < state_.allocator.end())
         gauges_.pending = static_cast<std::int64_t>(++layout_.pending);
 }
@@ -77,7 +80,7 @@ void Compact::refresh(const StopCheck &stop) {
 // --- moves --------------------------------------------------------------------------------------------------------
 
 bool Compact::to_repack(const Mapping &mapping, const Wanted &wanted) const {
-    if (mapping.kind != Mapping::Kind::compressed || !wanted.extents_move)
+    if (mapping.kind != Mapping::Kind::compressed)
         return false;
     const Geometry &g = state_.geometry;
     const auto extent = entry::compressed_extent(mapping.bits, g.cluster_bits());
@@ -93,18 +96,10 @@ bool Compact::to_repack(const Mapping &mapping, const Wanted &wanted) const {
 /// One compressed extent. False: there is no room for it.
 bool Compact::repack(GuestCluster c, std::uint64_t descriptor, const Wanted &want) {
     const std::uint64_t bytes = entry::compressed_extent(descriptor, state_.geometry.cluster_bits()).bytes;
-    const Repacker::Site site{want.site_end, want.end};
     auto outcome = Repacker::Outcome::no_room;
     wait_for_room(bytes);
     try {
-        try {
-            outcome = repacker_.move(c, descriptor, site);
-        } catch (const Error &error) {
-            if (error.kind() != Error::Kind::no_space)
-                throw;
-            image_.give_back(); // on a full disk, what was moved so far gives room
-            outcome = repacker_.move(c, descriptor, site);
-        }
+        outcome = move_extent(c, descriptor, want);
     } catch (...) {
         unreturned_ -= bytes;
         throw;
@@ -117,6 +112,18 @@ bool Compact::repack(GuestCluster c, std::uint64_t descriptor, const Wanted &wan
         unreturned_ -= bytes;
     }
     return outcome != Repacker::Outcome::no_room;
+}
+
+Repacker::Outcome Compact::move_extent(GuestCluster c, std::uint64_t descriptor, const Wanted &want) {
+    const Repacker::Site site{want.site_end, want.end};
+    try {
+        return repacker_.move(c, descriptor, site);
+    } catch (const Error &error) {
+        if (error.kind() != Error::Kind::no_space)
+            throw;
+    }
+    image_.give_back(); // on a full disk, what was moved so far gives room
+    return repacker_.move(c, descriptor, site);
 }
 
 void Compact::move_extents(const Work &work, const Wanted &want, const StopCheck &stop) {

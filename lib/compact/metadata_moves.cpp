@@ -241,30 +241,24 @@ bool empty_window(State &state, const Layout &layout, std::uint64_t count,
     std::vector<Mapping> mappings;
     std::vector<HostRun> references;
     const auto each_mapped = [&](auto &&f) {
+        const auto each_host = [&](GuestCluster c, const Mapping &m) {
+            references.clear();
+            state.mapper.append_references(references, m);
+            for (const HostRun &run : references)
+                for (HostCluster host = run.first; host < run.end() && host.value < end; ++host)
+                    f(c, m, host);
+        };
         for (std::uint64_t i = 0; i < state.l1.size(); ++i) {
             const GuestCluster first{i * g.l2_entries()};
             if (state.l1.table(i).value == 0 || first.value >= g.guest_clusters())
                 continue;
             mappings.resize(state.mapper.table_end(first) - first);
             state.mapper.survey(first, mappings);
-            for (std::size_t n = 0; n < mappings.size(); ++n) {
-                if (mappings[n].kind == Mapping::Kind::compressed && state.snapshots.any())
-                    continue; // a snapshot may have it too: it stays
-                references.clear();
-                state.mapper.append_references(references, mappings[n]);
-                for (const HostRun &run : references)
-                    for (HostCluster host = run.first; host < run.end() && host.value < end; ++host)
-                        f(first + n, mappings[n], host);
-            }
+            for (std::size_t n = 0; n < mappings.size(); ++n)
+                each_host(first + n, mappings[n]);
         }
         if (state.snapshots.any())
-            each_snapshot_mapping(state, never, [&](GuestCluster c, HostCluster host) {
-                Mapping m;
-                m.kind = Mapping::Kind::data;
-                m.host = host;
-                if (host.value < end)
-                    f(c, m, host);
-            });
+            each_snapshot_mapping(state, never, each_host);
     };
     each_mapped([&](GuestCluster, const Mapping &, HostCluster host) { mapped[host.value] = true; });
     // The window with the fewest clusters to move.

@@ -4,9 +4,8 @@
 
 #include "../error.h"
 #include "../subcluster_change.h"
+#include "referrers.h"
 #include "zero_bytes.h"
-
-#include <shared_mutex>
 
 namespace qlean {
 
@@ -44,91 +43,7 @@ std::vector<subclusters::Piece> pieces_with_data(const Geometry &g, const Mappin
     return pieces;
 }
 
-/// What refers to `source` at guest cluster `c`: the active image, and snapshots.
-struct Referrers {
-    bool active = false;
-    std::vector<SnapshotPointer> snapshots;
-
-    std::uint64_t count() const { return snapshots.size() + active; }
-};
-
-L2Words read_entry(State &state, HostOffset at) {
-    std::uint64_t words[2] = {0, 0};
-    state.snapshots.pending.read(at, std::span(words).first(state.geometry.entry_words()));
-    return {words[0], words[1]};
-}
-
-HostOffset entry_home(const Geometry &g, HostOffset table, GuestCluster c) {
-    return table + g.l2_index(c) * g.entry_words() * 8;
-}
-
-/// With `c` in the range lock. Nothing if the active image has the cluster where its entries do not change.
-std::optional<Referrers> find_referrers(State &state, GuestCluster c, HostCluster source) {
-    const Geometry &g = state.geometry;
-    const auto refers = [&](const Mapping &m) { return m.has_host() && m.host == source; };
-    Referrers found;
-    Mapping m;
-    if (c.value < g.guest_clusters()) {
-        state.mapper.resolve(c, std::span(&m, 1));
-        found.active = refers(m);
-    } else if (g.l1_index(c) < state.l1.size() && state.mapper.has_table(c)) {
-        state.mapper.survey(c, std::span(&m, 1));
-        if (refers(m))
-            return std::nullopt;
-    }
-    // Most snapshots share their tables: each is asked once.
-    const std::shared_lock guard(state.l1.lock(g.l1_index(c)));
-    std::vector<std::pair<HostOffset, bool>> asked;
-    for (const auto &snapshot : state.snapshots.list()) {
-        const HostOffset table = snapshot->table(g.l1_index(c));
-        if (table.value == 0)
-            continue;
-        auto known = std::find_if(asked.begin(), asked.end(), [&](const auto &a) { return a.first == table; });
-        if (known == asked.end())
-            known = asked.insert(asked.end(),
-                                 {table, refers(state.mapper.judged(c, read_entry(state, entry_home(g, table, c))))});
-        if (known->second)
-            found.snapshots.push_back(snapshot);
-    }
-    return found;
-}
-
-/// With `c` in the range lock, exclusively: points all of them at `to`, which has their contents. Each keeps its flag,
-/// for the clusters have the same refcount; but a cluster that has turned out to be the active image's alone gets it.
-void point_all_at(State &state, GuestCluster c, const Referrers &referrers, HostCluster to) {
-    const Geometry &g = state.geometry;
-    const std::uint64_t i = g.l1_index(c);
-    const auto moved = [&](std::uint64_t word) { return (word & ~entry::offset_mask) | g.offset_of(to).value; };
-    std::optional<Mapper::Editor> editor;
-    std::optional<std::shared_lock<RwLock>> l1_guard; // an editor holds it too
-    if (referrers.active)
-        editor.emplace(state.mapper, c, 1);
-    else
-        l1_guard.emplace(state.l1.lock(i));
-    struct Change {
-        HostOffset at;
-        std::uint64_t word;
-    };
-    std::vector<Change> changes;
-    for (const auto &snapshot : referrers.snapshots) {
-        const HostOffset at = entry_home(g, snapshot->table(i), c);
-        if (std::none_of(changes.begin(), changes.end(), [&](const Change &change) { return change.at == at; }))
-            changes.push_back({at, moved(read_entry(state, at).entry)});
-    }
-    // Nothing fails from here on. The references are recorded before anything points there.
-    state.allocator.add_references({to, 1}, referrers.count() - 1);
-    if (editor) {
-        L2Words words = editor->words(c);
-        words.entry = moved(words.entry) | (referrers.count() == 1 ? entry::copied : 0);
-        editor->set_words(c, words);
-    }
-    // Where a snapshot shares the table with the active image the word is in both places, and stays pending for the
-    // snapshot's sake if the active image gets a table of its own before it is written.
-    for (const Change &change : changes)
-        state.snapshots.pending.store(change.at, change.word);
-}
-
-/// relocate() of a cluster that snapshots refer to: once, with every reference. Compressed clusters do not move.
+/// relocate() of a cluster that snapshots refer to: once, with every reference.
 Moved relocate_shared(State &state, GuestCluster c, HostCluster source, const Allocator::Extent &destination,
                       bool *used) {
     const Geometry &g = state.geometry;
@@ -139,14 +54,23 @@ Moved relocate_shared(State &state, GuestCluster c, HostCluster source, const Al
             const RangeLock::Exclusive guard(state.ranges, g.offset_of(c), 1, std::try_to_lock);
             if (!guard.owns())
                 return Moved::contended;
-            const auto referrers = find_referrers(state, c, source);
+            const auto referrers =
+                find_referrers(state, c, [&](const Mapping &m) { return m.has_host() && m.host == source; });
             if (!referrers || referrers->count() == 0)
                 return Moved::gone;
             if (warmed)
                 state.data.read(bytes, from);
             if (warmed || state.data.read_cached(bytes, from)) {
                 write_cluster(state.data, bytes, to, destination.zero && state.data.holes_are_zeroes());
-                point_all_at(state, c, *referrers, destination.run.first);
+                // Each keeps its flag, for the clusters have the same refcount; but one that has turned out to be the
+                // active image's alone gets it.
+                const std::uint64_t flag = referrers->active && referrers->count() == 1 ? entry::copied : 0;
+                change_all(
+                    state, c, *referrers,
+                    [&](std::uint64_t word) { return (word & ~entry::offset_mask) | to.value | flag; },
+                    [&] {
+                        state.allocator.add_references({destination.run.first, 1}, referrers->count() - 1);
+                    });
                 *used = true;
                 // One for each reference; other references to the cluster, if there are any, keep it.
                 std::vector<HostRun> retired(referrers->count(), HostRun{source, 1});

@@ -4,6 +4,7 @@
 
 #include "../compression.h"
 #include "../refcount_block.h"
+#include "referrers.h"
 
 #include <cstring>
 #include <memory>
@@ -26,24 +27,39 @@ constexpr std::uint64_t grown_share = 64;
 
 // --- where to -----------------------------------------------------------------------------------------------------
 
-/// Takes `bytes` from the front of the stretch, with its references.
-Repacker::Place Repacker::take(Stretch &stretch, std::uint64_t bytes) {
+/// Where an extent can begin: not in a cluster whose refcount does not go that high.
+HostOffset Repacker::next(const Stretch &stretch, std::uint64_t referrers) const {
+    const Geometry &g = state_.geometry;
+    return stretch.references + referrers <= RefcountView::max(g.refcount_order())
+               ? stretch.at
+               : g.offset_of(g.cluster_of(stretch.at) + 1);
+}
+
+/// Takes `bytes` from the front of the stretch, with their references.
+Repacker::Place Repacker::take(Stretch &stretch, std::uint64_t bytes, std::uint64_t referrers) {
     const Geometry &g = state_.geometry;
     const std::uint64_t most = RefcountView::max(g.refcount_order());
-    Place place{stretch.at, {}};
+    Place place{next(stretch, referrers), {}};
+    if (place.at != stretch.at) {
+        // Full as far as its refcount goes: the reference of the reservation is one too many there.
+        const HostCluster left = stretch.clusters.take_first().run.first;
+        state_.allocator.retire({{left, 1}});
+        stretch.references = 0;
+    }
+    stretch.at = place.at;
     const HostOffset end = stretch.at + bytes;
     const HostCluster last = g.cluster_of(end - 1);
     for (HostCluster c = g.cluster_of(stretch.at); c <= last; ++c) {
-        append_run(place.references, {c, 1});
-        ++stretch.extents;
+        append_run(place.clusters, {c, 1});
+        stretch.references += referrers;
         stretch.at = std::min(end, g.offset_of(c + 1));
-        if (stretch.at == g.offset_of(c + 1) || stretch.extents == most) {
-            // Nothing more goes in there: what reserved it is this extent's reference now.
+        const bool full = stretch.at == g.offset_of(c + 1) || stretch.references == most;
+        state_.allocator.add_references({c, 1}, full ? referrers - 1 : referrers);
+        if (full) {
+            // Nothing more goes in there: what reserved it is a reference of this extent now.
             stretch.clusters.take_first();
             stretch.at = g.offset_of(c + 1);
-            stretch.extents = 0;
-        } else {
-            state_.allocator.add_references({c, 1});
+            stretch.references = 0;
         }
     }
     return place;
@@ -115,15 +131,19 @@ bool Repacker::open_stretch(std::uint64_t bytes, const Site &site) {
     return fits;
 }
 
-std::optional<Repacker::Place> Repacker::place(std::uint64_t bytes, const Site &site) {
+std::optional<Repacker::Place> Repacker::place(std::uint64_t bytes, std::uint64_t referrers, const Site &site) {
     const std::lock_guard guard(mutex_);
+    const auto room = [&](const Stretch &s) {
+        const HostOffset at = next(s, referrers);
+        return at < s.end ? s.end - at : 0;
+    };
     for (;;) {
         Stretch *best = nullptr;
         for (Stretch &s : stretches_)
-            if (s.end - s.at >= bytes && (best == nullptr || s.end - s.at < best->end - best->at))
+            if (room(s) >= bytes && (best == nullptr || room(s) < room(*best)))
                 best = &s;
         if (best != nullptr) {
-            Place place = take(*best, bytes);
+            Place place = take(*best, bytes, referrers);
             if (best->at == best->end)
                 stretches_.erase(stretches_.begin() + (best - stretches_.data()));
             return place;
@@ -148,13 +168,14 @@ bool Repacker::close() {
 
 Repacker::Outcome Repacker::move(GuestCluster c, std::uint64_t descriptor, const Site &site) {
     const Geometry &g = state_.geometry;
-    const auto is_there = [&](Mapping &m) {
-        state_.mapper.resolve(c, std::span(&m, 1));
-        return m.kind == Mapping::Kind::compressed && m.bits == descriptor;
-    };
-    Mapping m;
-    if (!is_there(m)) // which brings the L2 slice into memory, before the lock
+    const auto is_it = [&](const Mapping &m) { return m.kind == Mapping::Kind::compressed && m.bits == descriptor; };
+    // Which brings the L2 slice into memory, before the lock.
+    const auto before = find_referrers(state_, c, is_it);
+    if (!before || before->count() == 0)
         return Outcome::gone;
+    const std::uint64_t count = before->count();
+    if (count > RefcountView::max(g.refcount_order()))
+        return Outcome::gone; // an image of which a refcount lies
     const CompressedExtent extent = entry::compressed_extent(descriptor, g.cluster_bits());
     const auto memory = std::make_unique_for_overwrite<std::byte[]>(2 * extent.bytes + g.cluster_size());
     const std::span bytes(memory.get(), extent.bytes), again(memory.get() + extent.bytes, extent.bytes);
@@ -164,18 +185,19 @@ Repacker::Outcome Repacker::move(GuestCluster c, std::uint64_t descriptor, const
     const std::uint64_t length =
         compression::decompress(state_.compressed.type(), bytes, cluster).length.value_or(extent.bytes);
 
-    const auto to = place(length, site);
+    const auto to = place(length, count, site);
     if (!to)
         return Outcome::no_room;
     struct Undo {
         Allocator &allocator;
-        const std::vector<HostRun> &references;
+        const std::vector<HostRun> &clusters;
+        std::uint64_t count;
         bool armed = true;
         ~Undo() {
-            if (armed)
-                allocator.retire(references);
+            for (std::uint64_t i = 0; i < count && armed; ++i)
+                allocator.retire(clusters);
         }
-    } undo{state_.allocator, to->references};
+    } undo{state_.allocator, to->clusters, count};
     const auto moved = compression::describe(to->at, length, g.cluster_bits());
     if (!moved)
         return Outcome::gone; // it does not decompress, and is too long to begin anywhere but where it is
@@ -183,24 +205,26 @@ Repacker::Outcome Repacker::move(GuestCluster c, std::uint64_t descriptor, const
     const RangeLock::Exclusive guard(state_.ranges, g.offset_of(c), 1, std::try_to_lock);
     if (!guard.owns())
         return Outcome::contended;
-    if (!is_there(m))
+    const auto referrers = find_referrers(state_, c, is_it);
+    if (!referrers || referrers->count() == 0)
         return Outcome::gone;
+    if (referrers->count() != count)
+        return Outcome::contended;
     // Read again, from memory: what was read without the lock might have been somebody else's by then.
     state_.file.read(again, extent.at);
     if (std::memcmp(bytes.data(), again.data(), length) != 0)
         return Outcome::contended;
     state_.file.write(bytes.first(length), to->at);
-    {
-        Mapper::Editor editor(state_.mapper, c, 1);
-        if (!editor.exists())
-            return Outcome::gone;
-        editor.set_compressed(c, *moved);
-    }
-    undo.armed = false;
-    state_.allocator.touch(to->references); // no walk that began after they were taken can tell what refers to them
-    std::vector<HostRun> old;
-    state_.mapper.append_references(old, m);
-    state_.allocator.retire(old); // within the range: a walk that waits for it finds both done or neither
+    change_all(
+        state_, c, *referrers, [&](std::uint64_t) { return *moved | entry::compressed; }, [&] { undo.armed = false; });
+    state_.allocator.touch(to->clusters); // no walk that began after they were taken can tell what refers to them
+    Mapping old;
+    old.kind = Mapping::Kind::compressed;
+    old.bits = descriptor;
+    std::vector<HostRun> given_up;
+    for (std::uint64_t i = 0; i < count; ++i)
+        state_.mapper.append_references(given_up, old);
+    state_.allocator.retire(given_up); // within the range: a walk that waits for it finds both done or neither
     return Outcome::moved;
 }
 

@@ -2,8 +2,9 @@
 // Copyright (c) 2026, the qlean authors
 //
 // Moving compressed extents. An extent is never moved with its host cluster, which it shares with others: its exact
-// bytes are written to another place, packed closely after those that were moved before it, and it gives up its
-// references on the old place. A pack comes free when the last extent has left it.
+// bytes are written to another place, packed closely after those that were moved before it, and whoever refers to it,
+// the active image and snapshots, gives up the references on the old place. A pack comes free when the last extent has
+// left it.
 //
 // Where extents go to is a stretch: adjacent host clusters that were free, filled from the first byte on. While its
 // current cluster takes more, the stretch holds a reference of its own on it, so that it cannot come free under it; the
@@ -44,17 +45,19 @@ class Repacker {
     struct Stretch {
         Allocator::Reservation clusters; ///< from the current one on
         HostOffset at, end;              ///< the next free byte, and where the stretch ends
-        std::uint64_t extents = 0;       ///< that refer to the current cluster
+        std::uint64_t references = 0;    ///< of extents on the current cluster
     };
     struct Place {
         HostOffset at;
-        std::vector<HostRun> references;
+        std::vector<HostRun> clusters; ///< with all the references that were asked for
     };
 
-    std::optional<Place> place(std::uint64_t bytes, const Site &site);
+    /// For an extent that has this many `referrers`.
+    std::optional<Place> place(std::uint64_t bytes, std::uint64_t referrers, const Site &site);
+    HostOffset next(const Stretch &stretch, std::uint64_t referrers) const;
     bool open_stretch(std::uint64_t bytes, const Site &site);
     void begin_stretch(Allocator::Reservation clusters);
-    Place take(Stretch &stretch, std::uint64_t bytes);
+    Place take(Stretch &stretch, std::uint64_t bytes, std::uint64_t referrers);
 
     Image &image_;
     State &state_;

@@ -37,6 +37,13 @@ std::vector<std::pair<HostOffset, SnapshotPointer>> own_tables(State &state, std
     return found;
 }
 
+/// Both have the same cluster, or the same extent.
+bool at_one_place(const Mapping &a, const Mapping &b) {
+    if (a.kind == Mapping::Kind::compressed || b.kind == Mapping::Kind::compressed)
+        return a.kind == b.kind && a.bits == b.bits;
+    return a.has_host() && b.has_host() && a.host == b.host;
+}
+
 /// What wants adjacent clusters: the L1 tables, and the snapshot table.
 template <class F>
 void for_each_adjacent(const State &state, F &&f) {
@@ -50,12 +57,12 @@ void for_each_adjacent(const State &state, F &&f) {
 } // namespace
 
 void each_snapshot_mapping(State &state, const StopCheck &stop,
-                           const std::function<void(GuestCluster, HostCluster)> &each) {
+                           const std::function<void(GuestCluster, const Mapping &)> &each) {
     const Geometry &g = state.geometry;
     const auto snapshots = state.snapshots.list();
     const std::uint64_t longest = longest_l1(snapshots);
     std::vector<Mapping> mappings, active;
-    std::vector<std::vector<HostCluster>> met(batch); // by entry: clusters of the tables before
+    std::vector<std::vector<Mapping>> met(batch); // by entry: what the tables before have
     for (std::uint64_t i = 0; i < longest; ++i) {
         const auto tables = own_tables(state, i, snapshots);
         if (tables.empty())
@@ -73,29 +80,31 @@ void each_snapshot_mapping(State &state, const StopCheck &stop,
                 state.mapper.survey(*snapshot, {at}, mappings);
                 for (std::size_t n = 0; n < mappings.size(); ++n) {
                     const Mapping &m = mappings[n];
-                    if (!m.has_host() || (active[n].has_host() && active[n].host == m.host))
+                    const auto same = [&](const Mapping &other) { return at_one_place(m, other); };
+                    if (!at_one_place(m, m) || same(active[n]) || std::any_of(met[n].begin(), met[n].end(), same))
                         continue;
-                    if (std::find(met[n].begin(), met[n].end(), m.host) != met[n].end())
-                        continue;
-                    met[n].push_back(m.host);
-                    each({at + n}, m.host);
+                    met[n].push_back(m);
+                    each({at + n}, m);
                 }
             }
         }
     }
 }
 
-SnapshotWork find_snapshot_work(State &state, HostCluster end, std::size_t most, const StopCheck &stop) {
+SnapshotWork find_snapshot_work(State &state, HostCluster end, const std::function<bool(const Mapping &)> &to_repack,
+                                std::size_t most, const StopCheck &stop) {
     const Geometry &g = state.geometry;
     SnapshotWork work;
     if (!state.snapshots.any())
         return work;
-    each_snapshot_mapping(state, stop, [&](GuestCluster c, HostCluster host) {
-        if (host < end)
+    each_snapshot_mapping(state, stop, [&](GuestCluster c, const Mapping &m) {
+        if (m.has_host() ? m.host < end : !to_repack(m))
             return;
         ++work.pending;
-        if (work.clusters.size() < most)
-            work.clusters.emplace_back(c, host);
+        if (m.has_host() && work.clusters.size() < most)
+            work.clusters.emplace_back(c, m.host);
+        if (!m.has_host() && work.extents.size() < most)
+            work.extents.emplace_back(c, m.bits);
     });
     const auto snapshots = state.snapshots.list();
     const std::uint64_t longest = longest_l1(snapshots);

@@ -14,20 +14,23 @@
 
 namespace qlean {
 
-/// What a walk finds at or beyond `end`. The first `most` of each kind are named, all are counted.
+/// What a walk finds that has to move. The first `most` of each kind are named, all are counted.
 struct SnapshotWork {
-    std::vector<std::pair<GuestCluster, HostCluster>> clusters;
-    std::vector<std::pair<std::uint64_t, HostOffset>> tables; ///< L1 index and where; not those that are active too
-    std::uint64_t pending = 0;                                ///< clusters, as in Layout::pending
+    std::vector<std::pair<GuestCluster, HostCluster>> clusters;  ///< at or beyond `end`, as the tables
+    std::vector<std::pair<GuestCluster, std::uint64_t>> extents; ///< with their descriptors
+    std::vector<std::pair<std::uint64_t, HostOffset>> tables;    ///< L1 index and where; not those that are active too
+    std::uint64_t pending = 0;                                   ///< of them all, as in Layout::pending
 };
-SnapshotWork find_snapshot_work(State &state, HostCluster end, std::size_t most, const StopCheck &stop);
+/// `to_repack`: which compressed extents have to.
+SnapshotWork find_snapshot_work(State &state, HostCluster end, const std::function<bool(const Mapping &)> &to_repack,
+                                std::size_t most, const StopCheck &stop);
 
 /// Clusters of what needs no walk to be found: the L1 tables and the snapshot table.
 std::uint64_t snapshot_clusters_beyond(const State &state, HostCluster end);
 
-/// Each mapping of a snapshot that the active image does not have as well.
+/// What snapshots map, to a cluster or an extent, that the active image does not map there as well; once.
 void each_snapshot_mapping(State &state, const StopCheck &stop,
-                           const std::function<void(GuestCluster, HostCluster)> &each);
+                           const std::function<void(GuestCluster, const Mapping &)> &each);
 
 /// Moves these clusters below `end`; not as the leader. The number of those that moved. What was found for another end
 /// may lie below this one, and stays. `give_back`: as for relocate_into().

@@ -3,8 +3,10 @@
 #include "survey.h"
 
 #include "../error.h"
+#include "snapshot_moves.h"
 
 #include <optional>
+#include <shared_mutex>
 #include <unordered_map>
 
 namespace qlean {
@@ -136,17 +138,28 @@ class Auditor final : public Counter {
         state_.mapper.append_references(runs_, m);
         for (const HostRun &run : runs_)
             references.add(run);
+        snapshots_have_packs = snapshots_have_packs || m.kind == Mapping::Kind::compressed;
     }
 
     ReferenceCounts references;
     std::vector<bool> owned;     ///< by somebody who may write there, so nobody else may refer to it
     std::vector<bool> unflagged; ///< by an entry of the active image without COPIED
     std::optional<GuestCluster> damaged;
+    bool snapshots_have_packs = false;
 
   private:
     State &state_;
     std::vector<HostRun> runs_;
 };
+
+/// Adds what only snapshots have.
+void add_snapshot_packs(State &state, const StopCheck &stop, Packs &packs) {
+    const std::shared_lock guard(state.snapshots.lock());
+    each_snapshot_mapping(state, stop, [&](GuestCluster, const Mapping &m) {
+        if (m.kind == Mapping::Kind::compressed)
+            packs.add(entry::compressed_extent(m.bits, state.geometry.cluster_bits()));
+    });
+}
 
 } // namespace
 
@@ -167,6 +180,8 @@ Packs survey_packs(State &state, const StopCheck &stop) {
         unsigned bits_;
     } packed(state.geometry);
     walk_references(state, stop, packed);
+    if (state.snapshots.any())
+        add_snapshot_packs(state, stop, packed.packs);
     return std::move(packed.packs);
 }
 
@@ -239,6 +254,11 @@ Survey verify_image(State &state, const Allocator::Watch &watch, const StopCheck
             refuse(fmt::format("host cluster {} is used twice, and one of its users may write there", c));
     const bool may_free = !state.header.header().has_unknown_extension();
     Survey survey = std::move(audit.survey);
+    if (audit.snapshots_have_packs) {
+        if (!survey.how_packed)
+            survey.how_packed.emplace(state.geometry);
+        add_snapshot_packs(state, stop, *survey.how_packed);
+    }
     for (const auto &[cluster, count, referrers] : too_many) {
         if (is_changed(cluster))
             continue;

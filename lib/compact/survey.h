@@ -37,7 +37,7 @@ struct Survey {
 
 /// Counts, without comparing anything.
 Survey survey_image(State &state, const StopCheck &stop);
-/// How the packs are filled now.
+/// How the packs are filled now, by the active image and snapshots.
 Packs survey_packs(State &state, const StopCheck &stop);
 /// Counts and compares with the refcounts. Throws Error (bad_image) if a cluster has fewer refcounts than referrers, or
 /// is referred to where it must not be. The guest may go on meanwhile. `watch` was begun just now, and must live until

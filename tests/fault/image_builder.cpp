@@ -313,6 +313,12 @@ Bytes with_snapshot(Bytes image, const std::string &name) {
         e.add(table / cluster);
         for (std::uint64_t n = 0; n < cluster / 8; ++n) {
             const std::uint64_t mapped = e.get<std::uint64_t>(table + n * 8), at = mapped & entry::offset_mask;
+            if (mapped & entry::compressed) {
+                const auto extent = entry::compressed_extent(mapped & ~entry::compressed, e.get<std::uint32_t>(20));
+                for (std::uint64_t c = extent.at.value / cluster; c * cluster < (extent.at + extent.bytes).value; ++c)
+                    e.add(c);
+                continue;
+            }
             if (at == 0)
                 continue;
             e.set(table + n * 8, mapped & ~entry::copied);

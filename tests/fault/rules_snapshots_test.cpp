@@ -23,6 +23,8 @@ void erase(Scene &s, const std::string &name) {
     deletion.commit(never);
 }
 
+bool no_extents(const Mapping &) { return false; }
+
 /// Every fourth guest cluster is the snapshot's alone, and lies beyond what the guest has now.
 ImagePlan high_up() {
     ImagePlan plan;
@@ -216,16 +218,16 @@ TEST_CASE("C1: what was found to lie beyond another end, and does not beyond thi
     Scene s(with_snapshot(build_image(high_up()).bytes, "a"));
     leave_to_the_snapshot(s);
     State &state = s.image->state();
-    SnapshotWork work = find_snapshot_work(state, {600}, 1000, never);
+    SnapshotWork work = find_snapshot_work(state, {600}, no_extents, 1000, never);
     CHECK(work.clusters.size() == 64);
-    REQUIRE(find_snapshot_work(state, {100}, 1000, never).tables.size() == 4);
-    const auto [i, table] = find_snapshot_work(state, {100}, 1000, never).tables.front();
+    REQUIRE(find_snapshot_work(state, {100}, no_extents, 1000, never).tables.size() == 4);
+    const auto [i, table] = find_snapshot_work(state, {100}, no_extents, 1000, never).tables.front();
     bool moved = true;
     state.write_back.lead([&, i = i, table = table] { moved = move_snapshot_l2_table(state, i, table, {4000}); });
     CHECK_FALSE(moved);
     CHECK(move_snapshot_clusters(
               state, work, {4000}, [] {}, never) == 0);
-    CHECK(find_snapshot_work(state, {600}, 1000, never).clusters.size() == 64);
+    CHECK(find_snapshot_work(state, {600}, no_extents, 1000, never).clusters.size() == 64);
 }
 
 TEST_CASE("C1: a window is emptied of every host cluster that one guest cluster has in it") {
@@ -284,6 +286,35 @@ TEST_CASE("C2: tables that only snapshots have move in steps, as clusters do") {
     CHECK(moved >= tables);
     CHECK(most <= 1024 * 1024 + 64 * block); // with what else is written in whole clusters
     CHECK(gauges.pending <= before - static_cast<std::int64_t>(tables));
+}
+
+TEST_CASE("C2: compressed extents that snapshots have move once, with every reference") {
+    ImagePlan plan;
+    plan.virtual_size = 4 * 64 * cluster;
+    for (std::uint64_t c = 0; c < 120; ++c)
+        plan.compressed[c] = c % 3 * 20;
+    plan.compressed_at = 400;
+    plan.data[200] = 900;
+    plan.metadata_at = 700;
+    const Bytes first = with_snapshot(build_image(plan).bytes, "a");
+    Scene s(with_snapshot(first, "b"));
+    const auto snapshots = snapshot_disks(s.disk->bytes());
+    // A part of them is in three disks, a part in two.
+    for (std::uint64_t c = 0; c < 120; c += 4)
+        s.guest->write(c * cluster, cluster);
+    s.guest->flush();
+    s.image->give_back();
+    State &state = s.image->state();
+    state.allocator.load_all();
+    const std::uint64_t live = state.allocator.counts().live();
+    compact(s);
+    CHECK(s.gauges.pending == 0);
+    CHECK(state.allocator.end() < 400);
+    CHECK(state.allocator.end() <= live + 3);
+    s.guest->check(0, s.image->size());
+    CHECK((snapshot_disks(s.disk->bytes()) == snapshots));
+    CHECK(s.cut_everywhere(fresh_seed(), 2) == "");
+    CHECK(judge(s.disk->bytes()).clean());
 }
 
 TEST_CASE("C2: snapshots' tables are walked when a plan is read, not by each FLUSH, and the walk can be stopped") {

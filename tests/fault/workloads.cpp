@@ -7,6 +7,7 @@
 #include "lib/compact/zero_scan.h"
 #include "tests/fault/image_builder.h"
 #include "tests/fault/image_judge.h"
+#include "tests/fault/workload_images.h"
 
 #include <numeric>
 #include <thread>
@@ -18,23 +19,6 @@ namespace {
 const StopCheck go_on = [] { return false; };
 constexpr std::size_t all = 1 << 20;
 
-/// The image of a guest that wrote everything in random order: nothing is where a compact image would have it.
-ImagePlan scattered(unsigned cluster_bits, std::uint64_t virtual_size, std::uint64_t spread, std::uint64_t seed) {
-    ImagePlan plan;
-    plan.cluster_bits = cluster_bits;
-    plan.virtual_size = virtual_size;
-    std::mt19937_64 random(seed);
-    std::vector<std::uint64_t> places(plan.guest_clusters() * spread);
-    std::iota(places.begin(), places.end(), 4);
-    std::shuffle(places.begin(), places.end(), random);
-    for (std::uint64_t c = 0; c < plan.guest_clusters(); ++c)
-        if (random() % 4 != 0)
-            plan.data[c] = places[c];
-        else if (random() % 4 == 0)
-            plan.zero.push_back(c);
-    return plan;
-}
-
 void guest_only(Run &run, int steps, std::uint64_t most, RecordedGuest::Mix mix = {}) {
     mix.most = most;
     for (int i = 0; i < steps; ++i) {
@@ -44,17 +28,12 @@ void guest_only(Run &run, int steps, std::uint64_t most, RecordedGuest::Mix mix 
     }
 }
 
-Bytes empty_small(std::uint64_t) { return empty_image(128 * 1024, 512); }
-Bytes empty_host_blocks(std::uint64_t) { return empty_image(1024 * 1024, 4096, 2); }
-Bytes empty_usual(std::uint64_t) { return empty_image(1024 * 1024, 65536); }
 void small_clusters(Run &run) { guest_only(run, 150, 8192); }
 void host_block_clusters(Run &run) { guest_only(run, 100, 40000); }
 void usual_clusters(Run &run) { guest_only(run, 80, 100000); }
 void never_flushes(Run &run) { guest_only(run, 200, 8192, {60, 15, 15, 0}); }
 void trims_and_rewrites(Run &run) { guest_only(run, 200, 16384, {40, 40, 10, 10}); }
 
-/// Refcount blocks and the refcount table grow: 512-byte clusters, and an image that starts small.
-Bytes empty_to_grow(std::uint64_t) { return empty_image(3 * 1024 * 1024, 512); }
 void growth(Run &run) {
     RecordedGuest::Mix mix{90, 0, 5, 5};
     mix.most = 4096;
@@ -68,8 +47,6 @@ void growth(Run &run) {
     run.attempt([&] { run.guest->flush(); });
 }
 
-Bytes scattered_small(std::uint64_t seed) { return build_image(scattered(9, 128 * 1024, 3, seed)).bytes; }
-Bytes scattered_host_blocks(std::uint64_t seed) { return build_image(scattered(12, 512 * 1024, 2, seed)).bytes; }
 void compaction(Run &run) {
     RecordedGuest::Mix mix;
     mix.most = run.image->geometry().cluster_size() * 8;
@@ -77,18 +54,6 @@ void compaction(Run &run) {
     run.attempt([&] { run.guest->flush(); });
 }
 
-/// Subclusters of every kind, in host clusters that are full of bytes which must not show.
-Bytes scattered_subclusters(std::uint64_t seed) {
-    ImagePlan plan = scattered(14, 512 * 1024, 2, seed);
-    plan.extended = true;
-    std::mt19937_64 random(seed + 1);
-    for (std::uint64_t c = 0; c < plan.guest_clusters(); ++c)
-        if (random() % 4 != 0) {
-            const std::uint64_t zero = random() & random() & 0xffffffff;
-            plan.subclusters[c] = zero << 32 | (plan.data.contains(c) ? random() & ~zero & 0xffffffff : 0);
-        }
-    return build_image(plan).bytes;
-}
 void subclusters(Run &run) {
     RecordedGuest::Mix mix{45, 25, 20, 10};
     mix.most = 3000; // a subcluster has 512 bytes
@@ -102,22 +67,6 @@ void subclusters(Run &run) {
     run.attempt([&] { run.guest->flush(); });
 }
 
-/// Metadata at the end of the file, most of the disk unused: L1, refcount table, blocks and L2 tables all move. The L1
-/// table is several clusters long.
-Bytes metadata_at_the_end(std::uint64_t seed) {
-    ImagePlan plan;
-    plan.virtual_size = 4 * 1024 * 1024;
-    std::mt19937_64 random(seed);
-    std::uint64_t host = 20;
-    for (std::uint64_t c = 0; c < plan.guest_clusters(); ++c)
-        if (random() % 16 == 0 || c < 100)
-            plan.data[c] = host += 1 + random() % 2;
-    plan.metadata_at = host + 1500;
-    plan.table_clusters = 1 + random() % 3;
-    if (random() % 2)
-        plan.leaked = {host + 1400, host + 1401};
-    return build_image(plan).bytes;
-}
 void metadata_moves(Run &run) {
     RecordedGuest::Mix mix{50, 20, 10, 20};
     mix.most = 3000;
@@ -144,26 +93,6 @@ void zeroes(Run &run) {
     run.attempt([&] { run.guest->flush(); });
 }
 
-/// Two snapshots with a guest's work between them and after, in an image that is scattered all over the file.
-Bytes with_snapshots(std::uint64_t seed) {
-    const auto used = [&](Bytes bytes, int steps) {
-        const auto disk = std::make_shared<FaultyDisk>(std::move(bytes));
-        auto image = open_image(disk);
-        RecordedGuest guest(*image, *disk, seed);
-        RecordedGuest::Mix mix;
-        mix.most = 3000;
-        for (int i = 0; i < steps; ++i)
-            guest.step(mix);
-        image->close();
-        image.reset();
-        return disk->bytes();
-    };
-    Bytes bytes = with_snapshot(used(build_image(scattered(9, 64 * 1024, 4, seed)).bytes, 10), "a");
-    bytes = with_snapshot(used(std::move(bytes), 20), "b");
-    if (seed % 2)
-        bytes = with_snapshot(std::move(bytes), "c");
-    return used(std::move(bytes), seed % 3 ? 15 : 0);
-}
 void delete_snapshot(Image &image, const std::string &name) {
     MoveOwnership ownership;
     SnapshotDelete deletion(image, ownership, 1, name);
@@ -186,22 +115,6 @@ void snapshots(Run &run) {
     run.attempt([&] { run.guest->flush(); });
 }
 
-/// Half of the disk is compressed, its extents with gaps between them, some plain clusters among and behind them.
-Bytes compressed_image(std::uint64_t seed) {
-    std::mt19937_64 random(seed);
-    ImagePlan plan;
-    plan.cluster_bits = random() % 2 ? 9 : 12;
-    plan.virtual_size = std::uint64_t{256} << plan.cluster_bits;
-    plan.compressed_at = 20;
-    const std::uint64_t cluster = std::uint64_t{1} << plan.cluster_bits, gap = random() % 3 * cluster / 4;
-    std::uint64_t host = 300;
-    for (std::uint64_t c = 0; c < plan.guest_clusters(); ++c)
-        if (random() % 4 != 0)
-            plan.compressed[c] = random() % 2 * gap;
-        else if (random() % 2)
-            plan.data[c] = host += 1 + random() % 2;
-    return build_image(plan).bytes;
-}
 void compressed(Run &run) {
     RecordedGuest::Mix mix{50, 20, 20, 10};
     mix.most = run.image->geometry().cluster_size() * 3;
@@ -270,11 +183,6 @@ void shutdown(Run &run) {
     run.attempt([&] { run.image->close(); });
 }
 
-Bytes with_bitmaps(std::uint64_t seed) {
-    auto plan = scattered(9, 128 * 1024, 3, seed);
-    plan.bitmaps = true;
-    return build_image(plan).bytes;
-}
 /// The bitmaps move and are stored; after a clean end without an error the enabled one is consistent.
 void bitmaps(Run &run) {
     run.image->on_background_error([&run](const std::exception &e) { // what fails at the end is reported only
@@ -299,13 +207,6 @@ void bitmaps(Run &run) {
         throw std::runtime_error("the bitmap is not consistent after a clean end");
 }
 
-Bytes to_be_resized(std::uint64_t seed) {
-    auto plan = scattered(9, 100 * 1024 + 512, 2, seed);
-    plan.bitmaps = seed % 2;
-    // Left over from a larger disk: it must not show.
-    plan.data[plan.guest_clusters() + 3] = plan.data.rbegin()->second + 1000;
-    return build_image(plan).bytes;
-}
 /// Twice: so that the L1 table fits once, and has to move.
 void resizes(Run &run) {
     RecordedGuest::Mix mix;
@@ -402,6 +303,10 @@ const std::vector<Workload> &workloads() {
         {"resize", 3, false, to_be_resized, resizes},
         {"compressed clusters", 4, true, compressed_image, compressed},
         {"compressed clusters, threads racing", 3, false, compressed_image, racing},
+        {"compressed clusters in snapshots", 4, true, compressed_with_snapshots, snapshots},
+        {"compressed clusters in snapshots, threads racing", 3, false, compressed_with_snapshots, racing},
+        {"a snapshot with compressed clusters deleted, threads racing", 3, false, compressed_with_snapshots,
+         racing_deletion},
     };
     return list;
 }
