@@ -154,9 +154,8 @@ void PrivateServer::wait_until_listening(const std::string &image) {
                                                       image, status)
                                         : fmt::format("cannot serve {}: nbdkit: {}", image, words));
         }
-        if (signals::stop_requested()) {
-            throw Failure("stopped before anything was done", ExitCode::stopped);
-        }
+        if (signals::stop_requested()) // a repair that ends with it is finished by the next one
+            throw Failure(fmt::format("stopped before {} was ready", image), ExitCode::stopped);
         std::this_thread::sleep_for(10ms);
     }
 }

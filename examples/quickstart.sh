@@ -64,7 +64,9 @@ if mount_disk; then
         until [ -e "$work/stop" ]; do
             head -c $((n * 5 % 9 + 1))M /dev/urandom >"$mnt/new$((n % 12))"
             n=$((n + 1))
-            echo $n >"$work/writes"
+            echo $n >"$work/writes.new"
+            mv "$work/writes.new" "$work/writes"
+            sleep 0.2 # a guest that is busy, not one that fills the disk as fast as it is emptied
         done
         (cd "$mnt" && sha256sum new*) >>"$work/sums"
     }
@@ -96,7 +98,9 @@ elif task == "write":
     while not os.path.exists(work + "/stop"):
         turn += 1
         for n in range(20000, 20200): h.pwrite(block(n, turn), n << 16)
-        open(work + "/writes", "w").write("%d\n" % turn)
+        open(work + "/writes.new", "w").write("%d\n" % turn)
+        os.rename(work + "/writes.new", work + "/writes")
+        time.sleep(0.2)
     open(work + "/turn", "w").write(str(turn))
 else:
     turn = int(open(work + "/turn").read())

@@ -42,6 +42,11 @@ class HeaderHome {
         return header_;
     }
 
+    std::uint64_t autoclear() const {
+        const std::lock_guard guard(mutex_);
+        return header_.autoclear;
+    }
+
     /// The first 512 bytes of the file.
     std::vector<std::byte> sector() const {
         const std::lock_guard guard(mutex_);

@@ -93,7 +93,7 @@ class WriteBack {
     std::uint64_t margin(std::uint64_t table_clusters) const;
     void link_regions(const std::vector<std::uint64_t> &regions);
     void link_beyond(std::uint64_t first_region, std::uint64_t count);
-    std::uint64_t autoclear_to_clear() const { return header_.header().autoclear & ~kept_up_; }
+    std::uint64_t autoclear_to_clear() const { return header_.autoclear() & ~kept_up_; }
     void sync();
     void poison();
 
