@@ -62,6 +62,7 @@ void Checker::run() {
         count({load_be<std::uint64_t>(e->data, 0)}, load_be<std::uint64_t>(e->data, 8), "the encryption header");
     count_bitmaps();
     count_refcount_blocks();
+    source_.all_read();
     compare();
     check_l1_flags();
 }

@@ -42,6 +42,8 @@ class CheckSource {
     virtual bool live() const = 0;
     /// Entry n of table i, which nobody is changing while this reads.
     virtual L2Words l2_again(std::uint64_t i, std::uint64_t n) = 0;
+    /// All references have been read. Returns when touched() knows what had been unlinked by then.
+    virtual void all_read() = 0;
     /// Something has happened to this cluster since the check began, so it cannot be judged.
     virtual bool touched(HostCluster c) = 0;
 };
@@ -63,6 +65,7 @@ class FileSource final : public CheckSource {
     void l2(std::uint64_t, HostOffset home, std::span<std::uint64_t> words) override { read_words(file_, home, words); }
     bool live() const override { return false; }
     L2Words l2_again(std::uint64_t, std::uint64_t) override { return {}; }
+    void all_read() override {}
     bool touched(HostCluster) override { return false; }
 
   private:

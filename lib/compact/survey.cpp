@@ -193,8 +193,7 @@ Survey survey_image(State &state, const StopCheck &stop) {
 
 Survey verify_image(State &state, const Allocator::Watch &watch, const StopCheck &stop) {
     // What was reserved when the watch began, or is taken or retired since, is left out of the comparison. All else
-    // was published before, and this commit brings its refcount to the file, or was retired, and this lowers it; what
-    // is unlinked but not retired yet is so within somebody's range.
+    // was published before, and this commit brings its refcount to the file, or was retired, and this lowers it.
     if (!state.read_only) {
         state.ranges.drain();
         state.write_back.commit(WriteBack::Give::back);
@@ -230,6 +229,9 @@ Survey verify_image(State &state, const Allocator::Watch &watch, const StopCheck
     }
     uncounted(counted_end, references.size());
 
+    // Who unlinks holds the range until it has retired, too: without waiting for that, what the walk saw unlinked would
+    // pass for a leak, be retired twice, and be given away while its next owner uses it.
+    state.ranges.drain();
     const auto changed = watch.touched();
     const auto is_changed = [&](std::uint64_t c) { return c < changed.size() && changed[c]; };
     const auto &name = state.file.name();

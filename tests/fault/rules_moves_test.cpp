@@ -3,6 +3,7 @@
 //
 // The rules of moving metadata (A4) and of distrusting refcounts (A5).
 #include "lib/byte_order.h"
+#include "lib/check/check.h"
 #include "tests/fault/scene_moves.h"
 
 #include <set>
@@ -303,6 +304,83 @@ TEST_CASE("A5: leaks that another connection gave back, and the guest uses by no
     CHECK(judge(s.disk->bytes()).sound());
     for (std::uint64_t c = 1; c < 4 * 64; c += 3)
         REQUIRE(all_are(read_some(*s.image, c * cluster, cluster), 0xff));
+}
+
+namespace {
+
+/// A guest that unlinks a cluster of table 3 when `walk` has come to table 2, and is kept from running on until that
+/// has ended, or a while has passed. True: the walk did not wait.
+bool unlinks_during(Scene &s, const BuiltImage &built, const std::function<void()> &walk) {
+    State &state = s.image->state();
+    Beside walking, guest;
+    Breakpoint reading(s.disk, Breakpoint::When::before, touches(Op::read, built.l2_tables.at(2), cluster));
+    walking.start(walk);
+    REQUIRE(reading.wait());
+    bool ended = false;
+    std::promise<void> unlinked;
+    guest.start([&] {
+        const GuestCluster c{3 * 64};
+        const RangeLock::Exclusive range(state.ranges, state.geometry.offset_of(c), 1);
+        std::optional<Mapping> was;
+        {
+            Mapper::Editor editor(state.mapper, c, 1);
+            was = editor.get(c);
+            editor.set_zero(c);
+        }
+        unlinked.set_value();
+        ended = walking.finished(a_while);
+        state.allocator.retire({{was->host, 1}});
+    });
+    unlinked.get_future().wait();
+    reading.release();
+    guest.join();
+    walking.join();
+    return ended;
+}
+
+} // namespace
+
+TEST_CASE("A5: what the guest has unlinked and not retired yet is no leak to a walk beside it") {
+    const BuiltImage built = build_image(metadata_last());
+    Scene s(built.bytes);
+    s.image.reset();
+    s.image = open_image(s.disk); // nothing of it in memory, so that the walk reads the tables
+    Bytes expected = guest_bytes(built.bytes);
+    const auto fill = [&](std::uint64_t c, int value) {
+        std::fill_n(expected.begin() + static_cast<std::ptrdiff_t>(c * cluster), cluster,
+                    static_cast<std::byte>(value));
+    };
+    fill(3 * 64, 0);
+    for (std::uint64_t c = 1; c < 4 * 64; c += 3)
+        fill(c, 0xff);
+    const auto reuse = [&] { // what was given back, far from the range that is held
+        s.image->state().write_back.commit(WriteBack::Give::back);
+        for (std::uint64_t c = 1; c < 100; c += 3)
+            s.image->write(bytes_of(cluster, 0xff), {c * cluster});
+        s.image->flush();
+    };
+    SECTION("of a compaction") {
+        CHECK_FALSE(unlinks_during(s, built, [&] {
+            Compact compact(*s.image, s.ownership, s.gauges, 1);
+            (void)compact.plan({0}, s.image->size(), 1000);
+            compact.run({0}, cluster, never);
+            reuse();
+        }));
+    }
+    SECTION("of a check") {
+        CheckReport report;
+        CHECK_FALSE(unlinks_during(s, built, [&] {
+            report = check_image(s.image->state(), Repair::leaks, never);
+            reuse();
+        }));
+        CHECK(report.leaks + report.leaks_fixed == 0);
+    }
+    s.image->flush();
+    s.image->state().write_back.commit(WriteBack::Give::back);
+    use_what_is_free(s);
+    s.image->flush();
+    CHECK((read_some(*s.image, 0, s.image->size()) == expected));
+    CHECK(judge(s.disk->bytes()).clean());
 }
 
 TEST_CASE(
