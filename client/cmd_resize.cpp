@@ -48,7 +48,8 @@ ExitCode run_resize(const ResizeOptions &options) {
             connection.wait(commit);
         }
         if (connection.lost()) {
-            throw Failure(fmt::format("the connection to {} is lost{}", target.name(), target.server_words()));
+            throw Failure(fmt::format("the connection to {} is lost{}", target.name(), target.server_words()),
+                          ExitCode::server_gone);
         }
         if (const int error = resize.error != 0 ? resize.error : commit.error) {
             connection.close();

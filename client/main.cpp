@@ -89,12 +89,12 @@ int run(int argc, char **argv) {
     compact_command
         ->add_option_function<std::string>(
             "--max-rate", [&](const std::string &text) { take_rate(compact, text); },
-            "At most that many bytes per second; suffixes K, M, G")
+            "At most that many bytes per second; suffixes K, M, G, T")
         ->type_name("RATE");
     compact_command
         ->add_option_function<std::string>(
             "--max-time", [&](const std::string &text) { take_time(compact, text); },
-            "Stop after that time and keep what was gained; suffixes s, m, h")
+            "Stop after that time and keep what was gained; suffixes s, m, h, d")
         ->type_name("TIME");
     compact_command->add_flag("--fast", compact.fast, "Take all there is, even if the guest has to wait for it");
     compact_command->add_flag("!--no-zeroes", compact.zeroes, "Do not read data looking for zeroes");

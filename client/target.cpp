@@ -37,7 +37,7 @@ Target::Target(const std::string &text, Access access, const Nbdkit &nbdkit, con
         server_ = std::make_unique<PrivateServer>(text, access, nbdkit, parameters);
         socket_ = server_->socket_path();
     } else {
-        throw Failure(fmt::format("'{}' is neither a socket nor an image file nor a block device", text));
+        throw Failure(fmt::format("'{}' is neither a socket nor an image file", text));
     }
 }
 

@@ -58,11 +58,7 @@ class Counter : public ReferenceVisitor {
         if (m.kind == Mapping::Kind::compressed) {
             ++survey.compressed;
             ++survey.fragmented;
-            references_.clear();
-            state_.mapper.append_references(references_, m);
-            for (const HostRun &run : references_)
-                for (HostCluster p = run.first; p < run.end(); ++p)
-                    survey.packs += set(packs, p);
+            add_packs(m);
         }
         if (!m.has_host())
             return;
@@ -74,6 +70,8 @@ class Counter : public ReferenceVisitor {
         expected_ = m.host + 1;
     }
     void snapshot_entry(const Snapshot &, GuestCluster, const Mapping &m) override {
+        if (m.kind == Mapping::Kind::compressed)
+            add_packs(m);
         if (m.has_host() && set(seen_, m.host))
             ++survey.data;
     }
@@ -83,7 +81,6 @@ class Counter : public ReferenceVisitor {
     }
 
     Survey survey;
-    std::vector<bool> packs; ///< by host cluster: holds compressed extents
 
   protected:
     /// False: it was set before.
@@ -96,9 +93,18 @@ class Counter : public ReferenceVisitor {
     }
 
   private:
+    void add_packs(const Mapping &m) {
+        references_.clear();
+        state_.mapper.append_references(references_, m);
+        for (const HostRun &run : references_)
+            for (HostCluster p = run.first; p < run.end(); ++p)
+                survey.packs += set(packs_, p);
+    }
+
     State &state_;
     std::vector<HostRun> references_;
-    std::vector<bool> seen_; ///< by host cluster: of what may be shared
+    std::vector<bool> packs_; ///< by host cluster: holds compressed extents
+    std::vector<bool> seen_;  ///< by host cluster: of what may be shared
     HostCluster expected_{0};
     bool any_ = false;
 };
