@@ -5,7 +5,7 @@
 #include "byte_order.h"
 #include "error.h"
 
-#include <cstring>
+#include <algorithm>
 
 namespace qlean {
 
@@ -227,7 +227,7 @@ std::vector<std::byte> Header::encode() const {
         bytes.resize(at + 8 + round_up(e.data.size(), 8));
         store_be<std::uint32_t>(bytes, at, e.type);
         store_be<std::uint32_t>(bytes, at + 4, static_cast<std::uint32_t>(e.data.size()));
-        std::memcpy(bytes.data() + at + 8, e.data.data(), e.data.size());
+        std::copy(e.data.begin(), e.data.end(), bytes.begin() + static_cast<std::ptrdiff_t>(at + 8));
     }
     bytes.resize(bytes.size() + 8); // the end marker: type 0, length 0
     return bytes;
