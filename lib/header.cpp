@@ -6,6 +6,7 @@
 #include "error.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace qlean {
 
