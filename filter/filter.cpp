@@ -34,6 +34,8 @@ int config(nbdkit_next_config *next, nbdkit_backend *below, const char *key, con
 int list_exports(nbdkit_next_list_exports *next, nbdkit_backend *below, int readonly, int, nbdkit_exports *exports) {
     if (next(below, readonly, exports) == -1)
         return -1;
+    if (!server->offers_reclaim())
+        return 0;
     for (std::size_t i = 0; i < nbdkit_exports_count(exports); i++)
         if (std::strcmp(nbdkit_get_export(exports, i).name, ReclaimExport::name) == 0)
             return 0; // the plugin has one of that name too: ours is the one that is opened

@@ -82,6 +82,8 @@ bool Server::config(const std::string &key, const char *value) {
         memory_ = size;
         return true;
     }
+    if (key == "maintenance")
+        maintainers_ = plugin::Maintainers(value); // the plugin's parameter, so it goes on to the plugin
     return false;
 }
 
@@ -146,6 +148,8 @@ std::unique_ptr<Export> Server::open(nbdkit_next_open *next, nbdkit_context *con
     if (reclaim) {
         if (!watched)
             throw std::runtime_error("export 'reclaim' is not available: the disk could not be opened");
+        if (!offers_reclaim())
+            throw std::runtime_error("export 'reclaim' is not for this client (maintenance=)");
         opened = std::make_unique<ReclaimExport>(*watched, readonly != 0);
     } else if (is_default(name)) {
         opened = std::make_unique<DiskExport>(watched);

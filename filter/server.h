@@ -17,6 +17,7 @@
 
 #include "filter/export.h"
 #include "filter/watcher.h"
+#include "plugin/maintainers.h"
 
 namespace qlean {
 
@@ -28,6 +29,9 @@ class Server {
     /// The plugin's own name for its default export.
     void set_default_name(const std::string &name);
 
+    /// Whether whoever is connected to this thread may open `reclaim`.
+    bool offers_reclaim() const { return maintainers_.include_peer(); }
+
     std::unique_ptr<Export> open(nbdkit_next_open *next, nbdkit_context *context, int readonly,
                                  const std::string &name);
 
@@ -38,6 +42,7 @@ class Server {
 
     std::uint32_t cluster_size_ = 0; ///< as configured; 0: learn it
     std::size_t memory_ = 64 << 20;
+    plugin::Maintainers maintainers_;
 
     std::mutex mutex_;
     std::string default_name_;         // protected by mutex_, as is all below

@@ -137,6 +137,8 @@ void Export::cache(std::uint64_t, std::uint64_t) {}
 std::vector<std::string> export_names(Server &server) {
     if (server.checked)
         return {"check"};
+    if (!server.options.maintainers.include_peer())
+        return {"", "status"};
     std::vector<std::string> names = {"", "compact", "zeroes", "status", "check", "snapshots"};
     const auto snapshots = snapshot_export_names(server);
     names.insert(names.end(), snapshots.begin(), snapshots.end());
@@ -152,10 +154,15 @@ static std::unique_ptr<Export> open_by_name(Server &server, const std::string &n
                     fmt::format("there is no export '{}': this server only checks; its export is 'check'", name));
     }
     read_only = read_only || server.image->read_only();
-    if (name == "check")
-        return open_check_export(server, read_only, connection);
     if (name.empty())
         return std::make_unique<DiskExport>(server, read_only);
+    if (name == "status")
+        return std::make_unique<StatusExport>(server);
+    if (!server.options.maintainers.include_peer())
+        throw Error(Error::Kind::denied, EPERM,
+                    fmt::format("export '{}' is not for this client (maintenance=)", name));
+    if (name == "check")
+        return open_check_export(server, read_only, connection);
     if (name == "compact")
         return std::make_unique<MaintenanceExport>(
             server, name, std::make_unique<Compact>(*server.image, server.ownership, server.gauges, connection),
@@ -165,8 +172,6 @@ static std::unique_ptr<Export> open_by_name(Server &server, const std::string &n
                                                    std::make_unique<ZeroScan>(*server.image, server.gauges), read_only);
     if (name.starts_with(resize_prefix))
         return open_resize(server, name, read_only, connection);
-    if (name == "status")
-        return std::make_unique<StatusExport>(server);
     if (name == "snapshots")
         return open_snapshots_page(server);
     if (const std::string prefix = "snapshot/"; name.rfind(prefix, 0) == 0)

@@ -55,7 +55,7 @@ void on_abort(int signal, siginfo_t *info, void *) {
 bool Gate::shut(const std::function<bool()> &leave) {
     closing_.store(true, std::memory_order_release);
     std::call_once(left_, [&] {
-        lock_.lock();
+        doors_.lock();
         left_well_ = leave();
     });
     return left_well_;

@@ -8,7 +8,9 @@
 
 #include "lib/at_work.h"
 #include "lib/rw_lock.h"
+#include "thread_number.h"
 
+#include <array>
 #include <atomic>
 #include <functional>
 #include <mutex>
@@ -17,6 +19,27 @@
 namespace qlean::plugin {
 
 class Gate {
+    /// A lock that each reader takes at a door of its own: no memory that all requests write to.
+    class Doors {
+      public:
+        RwLock &mine() { return doors_[thread_number() % count].lock; }
+        void lock() {
+            for (Door &door : doors_)
+                door.lock.lock();
+        }
+        void unlock() {
+            for (Door &door : doors_)
+                door.lock.unlock();
+        }
+
+      private:
+        static constexpr std::size_t count = 16; // nbdkit's threads for one connection
+        struct alignas(64) Door {
+            RwLock lock;
+        };
+        std::array<Door, count> doors_;
+    };
+
   public:
     template <class Lock>
     struct Entry {
@@ -24,11 +47,11 @@ class Gate {
         AtWork at_work;
     };
     /// Held by every request while it runs. Blocks for good once the server stops.
-    Entry<std::shared_lock<RwLock>> enter() { return {std::shared_lock(lock_), {}}; }
+    Entry<std::shared_lock<RwLock>> enter() { return {std::shared_lock(doors_.mine()), {}}; }
     /// Held by a request that nothing may run beside: waits for those in flight, and holds new ones unanswered.
-    Entry<std::unique_lock<RwLock>> enter_alone() {
+    Entry<std::unique_lock<Doors>> enter_alone() {
         waiting_alone_.fetch_add(1);
-        std::unique_lock alone(lock_);
+        std::unique_lock alone(doors_);
         waiting_alone_.fetch_sub(1);
         return {std::move(alone), {}};
     }
@@ -49,7 +72,7 @@ class Gate {
     bool shut(const std::function<bool()> &leave);
 
   private:
-    RwLock lock_;
+    Doors doors_;
     std::atomic<bool> closing_{false};
     std::atomic<int> waiting_alone_{0};
     std::atomic<int> connections_{0};

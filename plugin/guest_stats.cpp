@@ -2,6 +2,8 @@
 // Copyright (c) 2026, the qlean authors
 #include "guest_stats.h"
 
+#include "thread_number.h"
+
 #include <bit>
 #include <functional>
 #include <thread>
@@ -23,12 +25,6 @@ double upper_bound_us(std::size_t bucket) {
     return static_cast<double>(std::uint64_t{1} << power) * (1.0 + static_cast<double>(quarter + 1) / 4) / 1000;
 }
 
-std::size_t shard_of_this_thread() {
-    static std::atomic<std::size_t> next{0};
-    thread_local const std::size_t mine = next.fetch_add(1, std::memory_order_relaxed);
-    return mine;
-}
-
 GuestStats::Totals difference(GuestStats::Totals a, const GuestStats::Totals &b) {
     for (std::size_t k = 0; k < a.requests.size(); ++k) {
         a.requests[k] -= b.requests[k];
@@ -42,7 +38,7 @@ GuestStats::Totals difference(GuestStats::Totals a, const GuestStats::Totals &b)
 } // namespace
 
 void GuestStats::add(Kind kind, std::uint64_t bytes, std::chrono::nanoseconds took) {
-    Shard &shard = shards_[shard_of_this_thread() % shard_count];
+    Shard &shard = shards_[thread_number() % shard_count];
     shard.requests[kind].fetch_add(1, std::memory_order_relaxed);
     shard.bytes[kind].fetch_add(bytes, std::memory_order_relaxed);
     shard.by_duration[bucket_of(static_cast<std::uint64_t>(took.count()))].fetch_add(1, std::memory_order_relaxed);

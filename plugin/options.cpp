@@ -74,6 +74,8 @@ void Options::set(const std::string &key, const std::string &value) {
             throw Error(Error::Kind::unsupported, EINVAL,
                         fmt::format("'repair={}' is not known; use none, leaks or all", value));
         repair = value == "none" ? Repair::none : value == "leaks" ? Repair::leaks : Repair::all;
+    } else if (key == "maintenance") {
+        maintainers = Maintainers(value);
     } else if (key == "check-only") {
         const int yes = nbdkit_parse_bool(value.c_str());
         if (yes == -1)
@@ -84,8 +86,7 @@ void Options::set(const std::string &key, const std::string &value) {
             Error::Kind::unsupported, EINVAL,
             fmt::format(
                 "unknown parameter '{}'; the qcow2 plugin takes file=, data-file=, passphrase=, metadata-cache=, "
-                "repair= and "
-                "check-only=",
+                "repair=, maintenance= and check-only=",
                 key));
     }
 }

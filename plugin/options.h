@@ -6,6 +6,7 @@
 
 #include "lib/check/report.h"
 #include "lib/secret.h"
+#include "maintainers.h"
 
 #include <cstdint>
 #include <memory>
@@ -21,6 +22,7 @@ struct Options {
     std::shared_ptr<const Secret> passphrase;     ///< of an encrypted image; may be null
     bool read_only = false;                       ///< nbdkit -r
     std::optional<Repair> repair;                 ///< before serving; nothing: what QEMU does
+    Maintainers maintainers;                      ///< who may open more than the disk and the status page
     bool check_only = false;                      ///< serve the verdict on the image, not the image
 
     /// Takes one key=value. Throws Error naming an unknown key or a bad value.

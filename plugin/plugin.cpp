@@ -228,6 +228,7 @@ nbdkit_plugin plugin = [] {
                     "passphrase=+FILE         The passphrase of an encrypted image (or -FD; - asks for it).\n"
                     "metadata-cache=<SIZE>    Memory for L2 tables (default 64M).\n"
                     "repair=none|leaks|all    What to repair before serving (default: a dirty image).\n"
+                    "maintenance=yes|no|USERS Who may use more than the disk and its status (default: yes).\n"
                     "check-only=<BOOL>        Serve the export 'check' alone, of any image.";
     p.magic_config_key = "file";
     p.get_ready = get_ready;

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// Who may open anything but the guest's disk and the status page: `maintenance=` of the plugin, which the filter heeds
+// too. The guest's QEMU need not be the administrator of its disk.
+#pragma once
+
+#include <string>
+#include <sys/types.h>
+#include <vector>
+
+namespace qlean::plugin {
+
+class Maintainers {
+  public:
+    /// Everybody who may connect.
+    Maintainers() = default;
+    /// "yes", "no", or users by name or number, with commas between. Throws std::runtime_error.
+    explicit Maintainers(const std::string &text);
+
+    /// Whether who is connected to the calling thread is one of them. False if it is not known who that is, as over
+    /// TCP, and it matters.
+    bool include_peer() const;
+
+  private:
+    bool everybody_ = true;
+    std::vector<uid_t> users_;
+};
+
+} // namespace qlean::plugin
