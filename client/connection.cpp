@@ -116,7 +116,8 @@ Connection::Connection(const Target &target, const std::string &export_name)
                                       "qlean? Its log may say more{}",
                                       target.name(), export_name, target.server_words()));
         }
-        throw Failure(fmt::format("cannot open export '{}' of {}: {}{}", export_name, target.name(), text,
+        const char *const hint = error == ENOTSUP ? "; if it requires TLS, use nbds:// or nbds+unix://" : "";
+        throw Failure(fmt::format("cannot open export '{}' of {}: {}{}{}", export_name, target.name(), text, hint,
                                   target.server_words()));
     }
     const auto size = ::nbd_get_size(handle_.get());
