@@ -53,6 +53,8 @@ class Allocator {
         void publish();
         /// Takes the first cluster out, as published.
         Extent take_first();
+        /// Something was written to the first cluster that nobody refers to: it does not read as zeroes any more.
+        void distrust_first() { extents_.front().zero = false; }
         /// The clusters from the first one on that are adjacent, as a reservation of their own.
         Reservation take_adjacent();
 

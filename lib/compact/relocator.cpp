@@ -159,9 +159,9 @@ Moved relocate(State &state, GuestCluster c, HostCluster source, const Allocator
 
 std::optional<Allocator::Extent> relocate_into(State &state, GuestCluster c, HostCluster source,
                                                Allocator::Reservation &room, const std::function<void()> &give_back) {
-    auto destination = room.extents().front();
-    destination.run.count = 1;
     const auto moves = [&] {
+        auto destination = room.extents().front();
+        destination.run.count = 1;
         bool used = false;
         return relocate(state, c, source, destination, &used) == Moved::yes && used;
     };
@@ -171,16 +171,15 @@ std::optional<Allocator::Extent> relocate_into(State &state, GuestCluster c, Hos
     } catch (const Error &error) {
         if (error.kind() != Error::Kind::no_space)
             throw;
+        room.distrust_first(); // for whoever gets it: what failed may have left something
     }
     if (!moved) {
         give_back();
-        destination.zero = false; // the attempt that failed may have left something
         moved = moves();
     }
     if (!*moved)
         return std::nullopt;
-    room.take_first();
-    return destination;
+    return room.take_first();
 }
 
 } // namespace qlean

@@ -4,6 +4,7 @@
 // The rules of moving metadata (A4) and of distrusting refcounts (A5).
 #include "lib/byte_order.h"
 #include "lib/check/check.h"
+#include "lib/compact/relocator.h"
 #include "tests/fault/scene_moves.h"
 
 #include <set>
@@ -217,6 +218,38 @@ TEST_CASE("A4: between a move and its commit a snapshot's entries say where the 
         compact.commit(never);
         CHECK((snapshot_disks(s.disk->bytes()) == snapshot_disks(image)));
     }
+}
+
+TEST_CASE("A7: a place that a failed move has written to is not taken for zeroes by the next move") {
+    constexpr std::uint64_t low = 0, moved = 30, zero = 33;
+    ImagePlan plan = metadata_last();
+    Scene s(build_image(plan).bytes);
+    State &state = s.image->state();
+    s.image->write(bytes_of(cluster, 0), {zero * cluster}); // in place: data, all of it zeroes
+    s.image->trim({low * cluster}, cluster);
+    s.image->give_back(); // punched
+    auto room = state.allocator.reserve_below(1, {11});
+    REQUIRE(room.count() == 1);
+    REQUIRE(room.extents().front().zero);
+    Fault fault;
+    fault.ops = mask(Op::write);
+    fault.code = ENOSPC;
+    fault.partial = cluster;
+    s.disk->fail(fault);
+    const auto source = [&](std::uint64_t c) {
+        Mapping m;
+        state.mapper.resolve({c}, std::span(&m, 1));
+        return m.host;
+    };
+    // The first attempt fails, the second finds that the guest has trimmed what was to be moved.
+    const auto trim = [&] { s.image->trim({moved * cluster}, cluster); };
+    CHECK_FALSE(relocate_into(state, {moved}, source(moved), room, trim));
+    REQUIRE(s.disk->struck());
+    REQUIRE(relocate_into(state, {zero}, source(zero), room, [] {}));
+    CHECK(all_are(read_some(*s.image, zero * cluster, cluster), 0));
+    s.image->flush();
+    CHECK(all_are(read_some(*s.image, moved * cluster, cluster), 0));
+    CHECK(judge(s.disk->bytes()).sound());
 }
 
 TEST_CASE("A5: with fewer refcounts than references nothing is moved, and 'check' is named") {
