@@ -244,6 +244,11 @@ Allocator::Reservation Allocator::reserve_contiguous_below(std::uint64_t count, 
     const std::uint64_t stop = std::min(limit.value, end());
     std::uint64_t run = 0;
     for (std::uint64_t c = std::max(lowest_, floor.value); c < stop; ++c) {
+        if (c % 64 == 0 && free_.word(c / 64) == 0) {
+            run = 0;
+            c += 63;
+            continue;
+        }
         const bool denied = embargo == Embargo::respected && c >= embargo_.first.value && c < embargo_.end().value;
         run = free_.get(c) && !denied ? run + 1 : 0;
         if (run < count)
@@ -425,9 +430,10 @@ bool Allocator::is_free(HostCluster c) const {
 
 Allocator::Watch::Watch(Allocator &allocator) : allocator_(allocator) {
     const std::lock_guard guard(allocator_.mutex_);
-    touched_.resize(allocator_.end());
-    for (std::uint64_t c = 0; c < touched_.size(); ++c)
-        touched_[c] = allocator_.reserved_.get(c);
+    touched_.resize(allocator_.reserved_.words() * 64);
+    for (std::uint64_t w = 0; w < allocator_.reserved_.words(); ++w)
+        for (std::uint64_t word = allocator_.reserved_.word(w); word != 0; word &= word - 1)
+            touched_[w * 64 + static_cast<std::uint64_t>(std::countr_zero(word))] = true;
     allocator_.watches_.push_back(this);
 }
 

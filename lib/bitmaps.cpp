@@ -266,7 +266,8 @@ void Bitmaps::store_as_leader() {
                 switch_stored(tracked_[n].entry, words[n]);
         });
     }
-    // If this fails nobody knows what the file says: whoever changes something first says once more that they are in use.
+    // If this fails nobody knows what the file says: whoever changes something first says once more that they are in
+    // use.
     begun_.store(false, std::memory_order_release);
     for (const Tracked &t : tracked_)
         write_flags(t.entry, entries_[t.entry].flags & ~BitmapEntry::flag_in_use);

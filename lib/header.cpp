@@ -192,9 +192,8 @@ void Header::require_known(const std::string &file) const {
 void Header::require_supported(const std::string &file) const {
     require_known(file);
     if (snapshot_count != 0 && (incompatible & incompatible_data_file))
-        throw Error(
-            Error::Kind::unsupported, ENOTSUP,
-            fmt::format("'{}' has internal snapshots and an external data file, which is not supported", file));
+        throw Error(Error::Kind::unsupported, ENOTSUP,
+                    fmt::format("'{}' has internal snapshots and an external data file, which is not supported", file));
 }
 
 std::size_t Header::fixed_length() const { return version == 2 ? v2_length : v3_length; }

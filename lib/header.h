@@ -86,8 +86,8 @@ struct Header {
     /// Decodes `bytes`, the start of the file (all of it up to max_bytes). Throws Error naming `file`.
     static Header parse(std::span<const std::byte> bytes, const std::string &file);
 
-    /// Throws Error with one sentence if the image needs an incompatible feature, a compression or an encryption that nobody
-    /// knows, or is not of one mind about them.
+    /// Throws Error with one sentence if the image needs an incompatible feature, a compression or an encryption that
+    /// nobody knows, or is not of one mind about them.
     void require_known(const std::string &file) const;
     /// Throws Error with one sentence if the image uses a feature that is not handled. The marks "dirty" and "corrupt"
     /// are not features.

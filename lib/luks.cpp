@@ -111,10 +111,11 @@ std::optional<LuksUnlocked> unlock_image(File &file, const Header &header, const
     if (header.crypt_method == Header::crypt_none)
         return std::nullopt;
     if (header.crypt_method == Header::crypt_aes)
-        throw Error(Error::Kind::unsupported, ENOTSUP,
-                    fmt::format("'{}' uses QEMU's legacy AES encryption, which is not supported; convert it to LUKS with "
-                                "'qemu-img convert'",
-                                name));
+        throw Error(
+            Error::Kind::unsupported, ENOTSUP,
+            fmt::format("'{}' uses QEMU's legacy AES encryption, which is not supported; convert it to LUKS with "
+                        "'qemu-img convert'",
+                        name));
     const Geometry geometry = header.geometry();
     const LuksPointer pointer = LuksPointer::parse(extension->data, geometry, name);
     const std::uint64_t length = file.length();

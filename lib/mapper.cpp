@@ -71,6 +71,12 @@ void Mapper::resolve_to_change(GuestCluster first, std::span<Mapping> out) {
         mapping = to_change(mapping);
 }
 
+Mapping Mapper::look(GuestCluster c) {
+    L2Words words;
+    l2_.read(c, std::span(&words, 1));
+    return judged(c, words);
+}
+
 void Mapper::survey(GuestCluster first, std::span<Mapping> out) {
     std::vector<L2Words> words(out.size());
     l2_.read_around(first, words);

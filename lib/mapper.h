@@ -36,7 +36,10 @@ class Mapper {
     void resolve(GuestCluster first, std::span<Mapping> out);
     /// The same for who may change clusters in place: `copied` holds only where the refcount does not say otherwise.
     void resolve_to_change(GuestCluster first, std::span<Mapping> out);
-    /// As resolve, passing by the cache, and taking a damaged entry as it is: for plans and walks.
+    /// What `c` maps to at this moment, for who does not hold its range: brings the slice into memory for who will.
+    /// What seems damaged may only be out of date, so it is taken as it is.
+    Mapping look(GuestCluster c);
+    /// As look, passing by the cache: for plans and walks.
     void survey(GuestCluster first, std::span<Mapping> out);
 
     /// The same for a snapshot.
@@ -85,7 +88,6 @@ class Mapper {
         void set_words(GuestCluster c, const L2Words &words);
         /// The whole cluster is data in `host`, which belongs to this entry alone.
         void set_data(GuestCluster c, HostCluster host);
-        /// The whole cluster is in an extent, on whose host clusters this entry holds its references already.
         void set_unallocated(GuestCluster c) { set_words(c, {}); }
         /// Reads as zeroes, whatever lies below. Not in version 2.
         void set_zero(GuestCluster c);

@@ -129,7 +129,7 @@ std::vector<HostRun> Refcounts::decrement(HostRun run) {
         RefcountView view(s.bytes, geometry_.refcount_order());
         view.set(c.value % slice_counts(), count - 1);
         mark_dirty(s);
-        if (count == 2)
+        if (count <= 2) // also where the file still said 2 when it was asked
             shared_.clear(c.value);
         if (count == 1)
             append_run(freed, {c, 1});

@@ -37,30 +37,13 @@ void walk_fixed(State &state, ReferenceVisitor &visitor) {
         visitor.metadata(kind, run);
 }
 
-/// The active L2 tables and their entries.
-void walk_active(State &state, const StopCheck &stop, ReferenceVisitor &visitor) {
-    const Geometry &g = state.geometry;
-    std::vector<Mapping> mappings;
-    for (std::uint64_t i = 0; i < state.l1.size(); ++i) {
-        const HostOffset table = state.l1.table(i);
-        if (table.value == 0)
-            continue;
-        require_going(stop);
-        const bool shared = state.snapshots.any() && (state.l1.word(i) & entry::copied) == 0;
-        visitor.metadata(shared ? Kind::shared_l2_table : Kind::l2_table, {g.cluster_of(table), 1});
-        // All of it: entries beyond the end of the disk (VM state, a disk that was shrunk) hold clusters too.
-        const std::uint64_t first = i * g.l2_entries(), end = first + g.l2_entries();
-        bool empty = true;
-        for (std::uint64_t at = first; at < end; at += batch) {
-            mappings.resize(std::min(batch, end - at));
-            state.mapper.survey({at}, mappings);
-            for (std::size_t n = 0; n < mappings.size(); ++n) {
-                empty = empty && state.contents.is_nothing({at + n}, mappings[n]);
-                visitor.entry({at + n}, mappings[n]);
-            }
-        }
-        visitor.table_done(i, empty);
-    }
+/// What a walk sees of the entry may be older than the end of the file: one that seems damaged is read once more while
+/// nobody changes it.
+void look_again(State &state, GuestCluster c, Mapping &m, const std::function<void(std::span<Mapping>)> &read) {
+    if (m.kind != Mapping::Kind::damaged || c.value >= state.geometry.guest_clusters())
+        return;
+    const RangeLock::Shared guard(state.ranges, state.geometry.offset_of(c), 1);
+    read(std::span(&m, 1));
 }
 
 /// What snapshots refer to. The caller keeps them from going meanwhile.
@@ -88,13 +71,43 @@ void walk_snapshots(State &state, const StopCheck &stop, ReferenceVisitor &visit
             for (std::uint64_t at = first; at < end; at += batch) {
                 mappings.resize(std::min(batch, end - at));
                 state.mapper.survey(*snapshot, {at}, mappings);
-                for (std::size_t n = 0; n < mappings.size(); ++n)
+                for (std::size_t n = 0; n < mappings.size(); ++n) {
+                    look_again(state, {at + n}, mappings[n],
+                               [&](std::span<Mapping> m) { state.mapper.survey(*snapshot, {at + n}, m); });
                     visitor.snapshot_entry(*snapshot, {at + n}, mappings[n]);
+                }
             }
         }
 }
 
 } // namespace
+
+void walk_active(State &state, const StopCheck &stop, ReferenceVisitor &visitor) {
+    const Geometry &g = state.geometry;
+    std::vector<Mapping> mappings;
+    for (std::uint64_t i = 0; i < state.l1.size(); ++i) {
+        const HostOffset table = state.l1.table(i);
+        if (table.value == 0)
+            continue;
+        require_going(stop);
+        const bool shared = state.snapshots.any() && (state.l1.word(i) & entry::copied) == 0;
+        visitor.metadata(shared ? Kind::shared_l2_table : Kind::l2_table, {g.cluster_of(table), 1});
+        // All of it: entries beyond the end of the disk (VM state, a disk that was shrunk) hold clusters too.
+        const std::uint64_t first = i * g.l2_entries(), end = first + g.l2_entries();
+        bool empty = true;
+        for (std::uint64_t at = first; at < end; at += batch) {
+            mappings.resize(std::min(batch, end - at));
+            state.mapper.survey({at}, mappings);
+            for (std::size_t n = 0; n < mappings.size(); ++n) {
+                look_again(state, {at + n}, mappings[n],
+                           [&](std::span<Mapping> m) { state.mapper.survey({at + n}, m); });
+                empty = empty && state.contents.is_nothing({at + n}, mappings[n]);
+                visitor.entry({at + n}, mappings[n]);
+            }
+        }
+        visitor.table_done(i, empty);
+    }
+}
 
 void walk_references(State &state, const StopCheck &stop, ReferenceVisitor &visitor) {
     const std::shared_lock guard(state.snapshots.lock());

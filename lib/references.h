@@ -42,5 +42,7 @@ class ReferenceVisitor {
 /// Walks beside the guest; what changes meanwhile is met as it was or as it is. No lock held. Throws Error (stopped)
 /// when `stop` says so.
 void walk_references(State &state, const StopCheck &stop, ReferenceVisitor &visitor);
+/// The same of the active L2 tables alone.
+void walk_active(State &state, const StopCheck &stop, ReferenceVisitor &visitor);
 
 } // namespace qlean

@@ -21,7 +21,7 @@ class SparseBits {
 
     bool has(std::uint64_t i) const {
         const Chunk *chunk = find(i);
-        return chunk != nullptr && (chunk->words[word_of(i)].load(std::memory_order_relaxed) & bit_of(i)) != 0;
+        return chunk != nullptr && (chunk->words[word_of(i)].load(std::memory_order_acquire) & bit_of(i)) != 0;
     }
     /// True if it was set before.
     bool set(std::uint64_t i);

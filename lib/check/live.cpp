@@ -7,6 +7,8 @@
 // memory or from the file.
 #include "../references.h"
 #include "check.h"
+
+#include "../surplus.h"
 #include "checker.h"
 
 #include <mutex>
@@ -15,9 +17,6 @@
 namespace qlean {
 
 namespace {
-
-/// A leak with a larger refcount is left to the repair of a file: it is lowered one by one.
-constexpr std::uint64_t max_lowered = 64;
 
 class LiveSource final : public CheckSource {
   public:
@@ -101,14 +100,17 @@ CheckReport check_image(State &state, Repair how, const StopCheck &stop) {
         state.header.header().has_unknown_extension())
         return report;
     std::vector<HostRun> once;
+    std::vector<Surplus> more;
+    std::uint64_t surplus = 0;
     for (const auto &[cluster, refcount] : checker.unreferenced()) {
-        if (watch.touched(cluster) || refcount > max_lowered)
+        if (watch.touched(cluster) || refcount - 1 > max_surplus - surplus)
             continue;
-        for (std::uint64_t i = 1; i < refcount; ++i)
-            state.allocator.retire({{cluster, 1}});
         append_run(once, {cluster, 1});
+        more.push_back({cluster, refcount - 1});
+        surplus += refcount - 1;
     }
     state.allocator.retire(once);
+    retire_surplus(state.allocator, more, [&] { state.write_back.commit(WriteBack::Give::back); });
     report.leaks_fixed = cluster_count(once);
     report.leaks -= report.leaks_fixed;
     return report;

@@ -72,10 +72,10 @@ void Compact::retire_leaked() {
         for (std::uint64_t i = 0; i < run.count; ++i)
             if (const HostCluster c = run.first + i; c.value >= touched.size() || !touched[c.value])
                 append_run(still, {c, 1});
-    for (const HostRun &run : std::exchange(surplus_, {}))
-        if (run.first.value >= touched.size() || !touched[run.first.value])
-            still.push_back(run);
+    std::erase_if(surplus_,
+                  [&](const Surplus &s) { return s.cluster.value < touched.size() && touched[s.cluster.value]; });
     state_.allocator.retire(still);
+    retire_surplus(state_.allocator, std::exchange(surplus_, {}), [&] { image_.give_back(); });
     watch_.reset();
 }
 

@@ -60,6 +60,7 @@ class Compact final : public Maintenance {
     bool repack(GuestCluster c, std::uint64_t descriptor, const Wanted &want);
     Repacker::Outcome move_extent(GuestCluster c, std::uint64_t descriptor, const Wanted &want);
     void move_snapshot_extents(const SnapshotWork &work, const StopCheck &stop);
+    void found_no_room(std::uint64_t descriptor);
     std::uint64_t taken_out_of_live() const;
     void look_at_snapshots(const StopCheck &stop);
     SnapshotWork take_snapshot_work();
@@ -81,7 +82,8 @@ class Compact final : public Maintenance {
     std::mutex mutex_; // protects what follows; never held over data I/O by run()
     bool prepared_ = false;
     Layout layout_;
-    std::vector<HostRun> leaked_, surplus_;
+    std::vector<HostRun> leaked_;
+    std::vector<Surplus> surplus_;
     std::unique_ptr<Allocator::Watch> watch_; // what happened to these since they were found
     bool lacks_copied_flags_ = false;
     std::set<std::uint64_t> empty_tables_;

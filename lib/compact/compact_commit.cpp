@@ -186,13 +186,18 @@ SnapshotWork Compact::take_snapshot_work() {
 /// Extents that only snapshots have. With commit_mutex_ held.
 void Compact::move_snapshot_extents(const SnapshotWork &work, const StopCheck &stop) {
     const Wanted want = wanted(stop);
-    for (const auto &[c, descriptor] : work.extents) {
+    for (std::size_t i = 0; i < work.extents.size(); ++i) {
         require_going(stop);
+        const auto &[c, descriptor] = work.extents[i];
         const auto outcome = move_extent(c, descriptor, want);
-        if (outcome == Repacker::Outcome::no_room)
-            break;
-        if (outcome == Repacker::Outcome::moved)
+        if (outcome == Repacker::Outcome::moved) {
+            placed_ += entry::compressed_extent(descriptor, state_.geometry.cluster_bits()).bytes;
             has_moved_of_snapshots(1);
+        }
+        if (outcome != Repacker::Outcome::no_room)
+            continue;
+        for (; i < work.extents.size(); ++i)
+            found_no_room(work.extents[i].second);
     }
 }
 

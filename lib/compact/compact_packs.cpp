@@ -132,10 +132,13 @@ void Compact::move_extents(const Work &work, const Wanted &want, const StopCheck
         if (repack(work.extents[i].first, work.extents[i].second, want))
             continue;
         for (; i < work.extents.size(); ++i)
-            unplaced_ +=
-                std::max(entry::compressed_extent(work.extents[i].second, state_.geometry.cluster_bits()).bytes,
-                         Packs::least_part(state_.geometry));
+            found_no_room(work.extents[i].second);
     }
+}
+
+void Compact::found_no_room(std::uint64_t descriptor) {
+    unplaced_ += std::max(entry::compressed_extent(descriptor, state_.geometry.cluster_bits()).bytes,
+                          Packs::least_part(state_.geometry, most_referrers(state_)));
 }
 
 } // namespace qlean

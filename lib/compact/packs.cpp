@@ -15,12 +15,13 @@ constexpr std::int64_t bearable_share = 64;
 
 } // namespace
 
-Packs::Packs(const Geometry &geometry)
+Packs::Packs(const Geometry &geometry, std::uint64_t referrers)
     : geometry_(geometry), unit_(std::max<std::uint64_t>(geometry.cluster_size() / units_per_cluster, 1)),
-      least_(least_part(geometry)) {}
+      least_(least_part(geometry, referrers)) {}
 
-std::uint64_t Packs::least_part(const Geometry &geometry) {
-    return divide_up(geometry.cluster_size(), RefcountView::max(geometry.refcount_order()));
+std::uint64_t Packs::least_part(const Geometry &geometry, std::uint64_t referrers) {
+    const std::uint64_t extents = std::max<std::uint64_t>(RefcountView::max(geometry.refcount_order()) / referrers, 1);
+    return divide_up(geometry.cluster_size(), extents);
 }
 
 template <class F>

@@ -15,13 +15,14 @@ namespace qlean {
 
 class Packs {
   public:
-    explicit Packs(const Geometry &geometry);
+    /// `referrers`: to one extent, at the most.
+    Packs(const Geometry &geometry, std::uint64_t referrers);
 
     /// The extents of the image, in guest order: neighbours in guest order that are neighbours in the file tell where
     /// the first one ends.
     void add(const CompressedExtent &extent);
     /// Bytes of a cluster that an extent takes at the least, for a refcount has a limit.
-    static std::uint64_t least_part(const Geometry &geometry);
+    static std::uint64_t least_part(const Geometry &geometry, std::uint64_t referrers);
 
     using Question = std::function<bool(HostCluster)>;
     /// By host cluster: packs to empty, because what is in them fits into fewer. Whole stretches of packs, for an

@@ -20,14 +20,32 @@ HostOffset entry_home(const Geometry &g, HostOffset table, GuestCluster c) {
 
 } // namespace
 
+void warm_referrers(State &state, GuestCluster c) {
+    const Geometry &g = state.geometry;
+    if (c.value < g.guest_clusters())
+        (void)state.mapper.look(c);
+    std::vector<HostOffset> tables;
+    {
+        const std::shared_lock guard(state.l1.lock(g.l1_index(c)));
+        for (const auto &snapshot : state.snapshots.list())
+            if (const HostOffset table = snapshot->table(g.l1_index(c));
+                table.value != 0 && std::find(tables.begin(), tables.end(), table) == tables.end())
+                tables.push_back(table);
+    }
+    for (const HostOffset table : tables) // one may have moved meanwhile: then this was in vain
+        (void)read_entry(state, entry_home(g, table, c));
+}
+
 std::optional<Referrers> find_referrers(State &state, GuestCluster c,
                                         const std::function<bool(const Mapping &)> &refers) {
     const Geometry &g = state.geometry;
     Referrers found;
     Mapping m;
     if (c.value < g.guest_clusters()) {
-        state.mapper.resolve(c, std::span(&m, 1));
+        m = state.mapper.look(c);
         found.active = refers(m);
+        if (found.active && state.mapper.claims_metadata(m))
+            return std::nullopt;
     } else if (g.l1_index(c) < state.l1.size() && state.mapper.has_table(c)) {
         state.mapper.survey(c, std::span(&m, 1));
         if (refers(m))

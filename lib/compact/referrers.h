@@ -19,8 +19,11 @@ struct Referrers {
     std::uint64_t count() const { return snapshots.size() + active; }
 };
 
+/// Brings what find_referrers() will read into memory, with no lock held meanwhile.
+void warm_referrers(State &state, GuestCluster c);
+
 /// Whose entries of guest cluster `c` satisfy `refers`; as long as `c` is in the range lock it stays that way. Nothing
-/// if the active image has the cluster where its entries do not change. Throws Error.
+/// if the active image has the cluster where its entries do not change, or in its own metadata. Throws Error.
 std::optional<Referrers> find_referrers(State &state, GuestCluster c,
                                         const std::function<bool(const Mapping &)> &refers);
 

@@ -49,6 +49,7 @@ Moved relocate_shared(State &state, GuestCluster c, HostCluster source, const Al
     const Geometry &g = state.geometry;
     std::vector<std::byte> bytes(g.cluster_size());
     const HostOffset from = g.offset_of(source), to = g.offset_of(destination.run.first);
+    warm_referrers(state, c);
     for (bool warmed = false;; warmed = true) {
         {
             const RangeLock::Exclusive guard(state.ranges, g.offset_of(c), 1, std::try_to_lock);
@@ -94,9 +95,7 @@ Moved relocate_own(State &state, GuestCluster c, HostCluster source, const Alloc
     *used = false;
     for (bool warmed = false;; warmed = true) {
         bool moved = false;
-        Mapping before;
-        state.mapper.resolve(c, std::span(&before, 1)); // brings the L2 slice into memory, before the lock
-        if (!is_own(state, before, source))
+        if (!is_own(state, state.mapper.look(c), source)) // brings the L2 slice into memory, before the lock
             return Moved::gone;
         {
             const RangeLock::Exclusive guard(state.ranges, g.offset_of(c), 1, std::try_to_lock);
@@ -148,10 +147,8 @@ Moved relocate_own(State &state, GuestCluster c, HostCluster source, const Alloc
 Moved relocate(State &state, GuestCluster c, HostCluster source, const Allocator::Extent &destination, bool *used) {
     *used = false;
     if (state.snapshots.any()) {
-        Mapping m;
-        if (c.value < state.geometry.guest_clusters())
-            state.mapper.resolve(c, std::span(&m, 1));
-        if (!is_own(state, m, source))
+        const bool in_disk = c.value < state.geometry.guest_clusters();
+        if (!in_disk || !is_own(state, state.mapper.look(c), source))
             return relocate_shared(state, c, source, destination, used);
     }
     return relocate_own(state, c, source, destination, used);

@@ -169,7 +169,7 @@ bool Repacker::close() {
 Repacker::Outcome Repacker::move(GuestCluster c, std::uint64_t descriptor, const Site &site) {
     const Geometry &g = state_.geometry;
     const auto is_it = [&](const Mapping &m) { return m.kind == Mapping::Kind::compressed && m.bits == descriptor; };
-    // Which brings the L2 slice into memory, before the lock.
+    warm_referrers(state_, c);
     const auto before = find_referrers(state_, c, is_it);
     if (!before || before->count() == 0)
         return Outcome::gone;

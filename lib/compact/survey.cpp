@@ -13,9 +13,6 @@ namespace qlean {
 
 namespace {
 
-/// More than this for one cluster is no trace of a crash.
-constexpr std::uint64_t max_surplus = 64;
-
 /// How often each host cluster is referred to, a byte each: beyond 254 it counts on in a map.
 class ReferenceCounts {
   public:
@@ -132,7 +129,7 @@ class Auditor final : public Counter {
             set(m.copied ? owned : unflagged, m.host);
         if (m.kind == Mapping::Kind::compressed && !runs_.empty()) {
             if (!survey.how_packed)
-                survey.how_packed.emplace(state_.geometry);
+                survey.how_packed.emplace(state_.geometry, most_referrers(state_));
             survey.how_packed->add(entry::compressed_extent(m.bits, state_.geometry.cluster_bits()));
         }
     }
@@ -172,7 +169,8 @@ void add_snapshot_packs(State &state, const StopCheck &stop, Packs &packs) {
 Packs survey_packs(State &state, const StopCheck &stop) {
     class Packed final : public ReferenceVisitor {
       public:
-        explicit Packed(const Geometry &geometry) : packs(geometry), bits_(geometry.cluster_bits()) {}
+        explicit Packed(const State &state)
+            : packs(state.geometry, most_referrers(state)), bits_(state.geometry.cluster_bits()) {}
         void metadata(Kind, HostRun) override {}
         void entry(GuestCluster, const Mapping &m) override {
             if (m.kind == Mapping::Kind::compressed)
@@ -184,8 +182,8 @@ Packs survey_packs(State &state, const StopCheck &stop) {
 
       private:
         unsigned bits_;
-    } packed(state.geometry);
-    walk_references(state, stop, packed);
+    } packed(state);
+    walk_active(state, stop, packed);
     if (state.snapshots.any())
         add_snapshot_packs(state, stop, packed.packs);
     return std::move(packed.packs);
@@ -264,13 +262,15 @@ Survey verify_image(State &state, const Allocator::Watch &watch, const StopCheck
     Survey survey = std::move(audit.survey);
     if (audit.snapshots_have_packs) {
         if (!survey.how_packed)
-            survey.how_packed.emplace(state.geometry);
+            survey.how_packed.emplace(state.geometry, most_referrers(state));
         add_snapshot_packs(state, stop, *survey.how_packed);
     }
+    std::uint64_t surplus = 0;
     for (const auto &[cluster, count, referrers] : too_many) {
         if (is_changed(cluster))
             continue;
-        if (!may_free || count - referrers > max_surplus) {
+        const std::uint64_t times = count - std::max<std::uint64_t>(referrers, 1);
+        if (!may_free || times > max_surplus - surplus) {
             if (referrers == 0)
                 append_run(survey.pinned, {{cluster}, 1});
             continue;
@@ -278,7 +278,9 @@ Survey verify_image(State &state, const Allocator::Watch &watch, const StopCheck
         if (referrers == 0)
             append_run(survey.leaked, {{cluster}, 1});
         // Of what snapshots shared, or of a pack that was being filled or emptied, when a server was killed.
-        survey.surplus.insert(survey.surplus.end(), count - std::max<std::uint64_t>(referrers, 1), {{cluster}, 1});
+        if (times > 0)
+            survey.surplus.push_back({{cluster}, times});
+        surplus += times;
     }
     for (std::uint64_t c = 0; c < audit.unflagged.size() && !survey.lacks_copied_flags; ++c)
         survey.lacks_copied_flags = audit.unflagged[c] && references.of(c) == 1;

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../references.h"
+#include "../surplus.h"
 #include "packs.h"
 
 #include <atomic>
@@ -26,14 +27,17 @@ struct Survey {
 
     // Only from verify():
     std::vector<HostRun> leaked; ///< a refcount, and no referrer; may be given back, see surplus
-    /// Counts above the number of referrers, beside that of `leaked`, once for each count too many; as leaked.
-    std::vector<HostRun> surplus;
+    /// Counts above the number of referrers, beside that of `leaked`; as leaked.
+    std::vector<Surplus> surplus;
     std::optional<Packs> how_packed; ///< set where there are compressed clusters
     std::vector<HostRun> pinned;     ///< a refcount, and no referrer that is known; stays where it is
     /// Entries of the active image, in L1 or L2, lack COPIED though nobody else refers to what they do: what a crash
     /// leaves.
     bool lacks_copied_flags = false;
 };
+
+/// To one compressed extent, at the most: the active image and each snapshot.
+inline std::uint64_t most_referrers(const State &state) { return 1 + state.snapshots.list().size(); }
 
 /// Counts, without comparing anything.
 Survey survey_image(State &state, const StopCheck &stop);

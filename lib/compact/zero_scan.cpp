@@ -133,10 +133,7 @@ bool ZeroScan::look_at(GuestCluster c, const Mapping &seen) {
         set_known(c);
         return true;
     }
-    {
-        Mapping m;
-        state_.mapper.resolve(c, std::span(&m, 1)); // the slice is in memory when the lock is held
-    }
+    (void)state_.mapper.look(c); // the slice is in memory when the lock is held
     const RangeLock::Exclusive guard(state_.ranges, g.offset_of(c), 1, std::try_to_lock);
     if (!guard.owns())
         return true; // the guest is at it: look again later
@@ -197,8 +194,7 @@ bool ZeroScan::look_at_subclusters(GuestCluster c, HostCluster host) {
     const auto nothing_to_do = [&](const Mapping &m) {
         return bitmap_of(m).data() != 0 && zero_subclusters(c, m) == 0;
     };
-    Mapping m;
-    state_.mapper.resolve(c, std::span(&m, 1));
+    Mapping m = state_.mapper.look(c);
     if (!m.has_host() || m.host != host)
         return true;
     // Unlocked: a first look, which also brings the cluster into memory.

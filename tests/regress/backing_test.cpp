@@ -335,7 +335,10 @@ TEST_CASE("Whatever fails over a backing file, nothing older shows, and a trim d
         b.write(0, 64 * cluster, 1);
         b.write(70 * cluster, 3 * cluster, 2);
         b.image->flush();
-        b.disk->fail({.nth = nth, .code = code});
+        Fault fault;
+        fault.nth = nth;
+        fault.code = code;
+        b.disk->fail(fault);
         unsigned trims_failed = 0;
         const auto attempt = [&](const std::function<void()> &request, bool is_trim = false) {
             try {

@@ -7,11 +7,11 @@
 // turn per thread, small slots (several to a cluster) in the lower half of the disk, large ones in the upper half.
 // Exit status 0: every byte was what the model says, at all times and at the end, after reopening.
 //
-//   stress IMAGE SEED SECONDS [threads=4] [kill]
-//
-// With `kill`, prints "flushed N" lines is left to kill_test; here it only never closes the image.
+//   stress IMAGE SEED SECONDS [threads=4] [maintenance=all|none|compact|zeroes]
+#include "lib/check/check.h"
 #include "lib/compact/compact.h"
 #include "lib/compact/zero_scan.h"
+#include "lib/error.h"
 #include "lib/image.h"
 
 #include <chrono>
@@ -139,6 +139,17 @@ class Guest {
     std::mt19937_64 random_;
 };
 
+/// Does it, unless somebody else owns the image for the moment.
+template <class F>
+void unless_busy(F &&f) {
+    try {
+        f();
+    } catch (const Error &error) {
+        if (error.kind() != Error::Kind::busy)
+            throw;
+    }
+}
+
 } // namespace
 
 int main(int argc, char **argv) try {
@@ -156,6 +167,7 @@ int main(int argc, char **argv) try {
     Model model{std::vector<std::byte>(image->size())};
     image->read(model.bytes, {0});
 
+    const bool was_clean = check_image(image->state(), Repair::none, never).leaks == 0;
     const auto until = std::chrono::steady_clock::now() + std::chrono::milliseconds(static_cast<int>(seconds * 1000));
     std::vector<Guest> guests;
     for (unsigned i = 0; i < threads; ++i)
@@ -182,7 +194,7 @@ int main(int argc, char **argv) try {
                 std::unique_ptr<Maintenance> op;
                 if (random() % 4 == 0) {
                     if (idle)
-                        idle->commit(go_on);
+                        unless_busy([&] { idle->commit(go_on); });
                     idle = std::make_unique<Compact>(*image, ownership, gauges, ++connection);
                     idle->plan({0}, image->size(), 1);
                 }
@@ -198,20 +210,46 @@ int main(int argc, char **argv) try {
                         workers.emplace_back([&] {
                             try {
                                 for (std::size_t i; (i = next++) < plan.size();)
-                                    if (plan[i].to_do)
-                                        op->run(plan[i].at, plan[i].length, go_on);
+                                    unless_busy([&] {
+                                        if (plan[i].to_do)
+                                            op->run(plan[i].at, plan[i].length, go_on);
+                                        else if (i % 8 == 7)
+                                            op->commit(go_on); // beside what the others run
+                                    });
                             } catch (const std::exception &e) {
                                 fail(std::string("maintenance: ") + e.what());
                             }
                         });
                     for (auto &w : workers)
                         w.join();
-                    op->commit(go_on);
+                    unless_busy([&] { op->commit(go_on); });
                 }
                 ++passes;
             }
         } catch (const std::exception &e) {
             fail(std::string("maintenance: ") + e.what());
+        }
+    });
+    // Walks all the time, beside whoever moves: none may find anything wrong, nor a leak that was not there before.
+    std::uint64_t looks = 0;
+    running.emplace_back([&] {
+        try {
+            for (std::uint64_t id = 1000000; std::chrono::steady_clock::now() < until; ++id) {
+                Compact(*image, ownership, gauges, id).plan({0}, image->size(), 100000);
+                try {
+                    ownership.claim("check", id);
+                } catch (const Error &) {
+                    continue; // somebody moves
+                }
+                const CheckReport report = check_image(image->state(), Repair::leaks, go_on);
+                ownership.release(id);
+                if (report.corruptions + report.check_errors != 0 ||
+                    (was_clean && report.leaks + report.leaks_fixed != 0))
+                    fail("the check found: " + (report.problems.empty() ? std::string("?") : report.problems[0]));
+                ++looks;
+            }
+        } catch (const std::exception &e) {
+            fail(std::string("walk: ") + e.what());
         }
     });
     for (auto &thread : running)
@@ -231,9 +269,10 @@ int main(int argc, char **argv) try {
     image->read(got, {0});
     if (got != model.bytes)
         fail("the disk differs from the model after reopening");
-    std::printf("seed %llu: %llu operations, %llu maintenance passes, %llu bytes moved\n",
+    std::printf("seed %llu: %llu operations, %llu maintenance passes, %llu checks, %llu bytes moved\n",
                 static_cast<unsigned long long>(seed), static_cast<unsigned long long>(operations),
-                static_cast<unsigned long long>(passes), static_cast<unsigned long long>(gauges.moved_bytes.load()));
+                static_cast<unsigned long long>(passes), static_cast<unsigned long long>(looks),
+                static_cast<unsigned long long>(gauges.moved_bytes.load()));
     return 0;
 } catch (const std::exception &e) {
     std::fprintf(stderr, "FAILED: %s\n", e.what());
