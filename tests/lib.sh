@@ -205,11 +205,17 @@ server_ready() {
     return 1
 }
 
+# threads_of PID: where each of its threads waits in the kernel
+threads_of() {
+    local t
+    for t in "/proc/$1/task"/*; do echo -n "$(cat "$t/comm"):$(cat "$t/wchan" 2>/dev/null || true) "; done
+}
+
 # stop_server [PID]: SIGTERM; the server must end within 10 s, with exit status 0
 stop_server() {
     local pid=${1:-$SERVER} rc=0
     kill "$pid" || fail "the server $pid is gone"
-    gone "$pid" || fail "the server still runs 10 s after SIGTERM"
+    gone "$pid" || fail "the server still runs 10 s after SIGTERM; its threads: $(threads_of "$pid")"
     wait "$pid" || rc=$?
     [ $rc = 0 ] || fail "the server ended with status $rc after SIGTERM"
 }

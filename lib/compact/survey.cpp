@@ -119,14 +119,17 @@ class Auditor final : public Counter {
     }
     void entry(GuestCluster c, const Mapping &m) override {
         Counter::entry(c, m);
+        if (state_.mapper.is_in_image(m)) { // nearly always
+            references.add({m.host, 1});
+            set(m.copied ? owned : unflagged, m.host);
+            return;
+        }
         if (m.kind == Mapping::Kind::damaged && !damaged)
             damaged = c;
         runs_.clear();
         state_.mapper.append_references(runs_, m);
         for (const HostRun &run : runs_)
             references.add(run);
-        if (m.has_host() && !runs_.empty())
-            set(m.copied ? owned : unflagged, m.host);
         if (m.kind == Mapping::Kind::compressed && !runs_.empty()) {
             if (!survey.how_packed)
                 survey.how_packed.emplace(state_.geometry, most_referrers(state_));

@@ -67,8 +67,19 @@ def steady(ctx):
                     result.at_least(1.5, "qemu")
                 yield result
         if ctx.wants("16 connections"):
-            yield row("4k random read, 16 connections", {"rw": "randread", "bs": "4k", "iodepth": 1, "numjobs": 16},
-                      0.95, "IOPS", measure.iops)
+            # Throughput follows from how the host pairs 16 clients with 16 threads; what the server itself takes does not.
+            costs = {name: [] for name in contenders}
+
+            def crowd(name):
+                before = running[name].cpu_seconds()
+                job = measure.fio(ctx, running[name].sock, time_based=1, runtime=ctx.runtime, rw="randread", bs="4k",
+                                  iodepth=1, numjobs=16)
+                costs[name].append((running[name].cpu_seconds() - before) * 1e6 / job["read"]["total_ios"])
+                return measure.iops(job)
+
+            yield Result("4k random read, 16 connections", "IOPS", interleave(ctx, contenders, crowd))
+            yield Result("4k random read, 16 connections: CPU of the server", "us a request", costs,
+                         higher_is_better=False).at_most(1.05, "raw")
         if ctx.wants("4k write + flush each"):
             def once(name):
                 job = measure.fio(ctx, running[name].sock, rw="randwrite", bs="4k", iodepth=1, fsync=1, time_based=1,
@@ -153,7 +164,7 @@ def large(ctx):
                               runtime=max(ctx.runtime, 1), ramp_time=1 if ctx.short else 3)
             return measure.iops(job)
 
-        yield Result("4k random read over 1 TiB", "IOPS", interleave(ctx, contenders, once)).at_least(2.0, "qemu")
+        yield Result("4k random read over 1 TiB", "IOPS", interleave(ctx, contenders, once)).at_least(2.0, "qemu-nbd")
     for path in set(paths.values()):
         os.unlink(path)
 

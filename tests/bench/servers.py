@@ -45,6 +45,12 @@ class Server:
         with open(f"/proc/{self.proc.pid}/io") as f:
             return next(int(line.split()[1]) for line in f if line.startswith(field + ":"))
 
+    def cpu_seconds(self):
+        """Used so far by all threads, those that have ended included."""
+        with open(f"/proc/{self.proc.pid}/stat") as f:
+            user, system = f.read().rsplit(")", 1)[1].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
     def memory(self, field="VmHWM"):
         """Bytes; VmHWM is the highest resident size so far."""
         with open(f"/proc/{self.proc.pid}/status") as f:
