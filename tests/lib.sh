@@ -126,7 +126,7 @@ converted_length() {
     cluster=$(qemu-img info -U --output=json "$1" | jq '."cluster-size"')
     compat=$(qemu-img info -U --output=json "$1" | jq -r '."format-specific".data.compat')
     qemu-img convert -U -f qcow2 -O qcow2 -o "cluster_size=$cluster,compat=$compat" "$1" "$W/converted.qcow2"
-    length "$W/converted.qcow2"
+    echo $((($(length "$W/converted.qcow2") + cluster - 1) / cluster * cluster)) # it may end within a cluster; ours do not
     rm "$W/converted.qcow2"
 }
 

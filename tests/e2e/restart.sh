@@ -35,7 +35,7 @@ eventually 10 test -S "$W/q" || fail "qemu-storage-daemon did not start"
 URI="nbd+unix:///?socket=$W/q"
 guest_beside --model "$W/model" --largest 65536 --pause 0.002 "${kills[@]}"
 for _ in 1 2 3 4 5 6; do
-    sleep 0.$((RANDOM % 9))
+    sleep 1.$((RANDOM % 9)) # QEMU tries to reconnect once a second: the writer has to get something done in between
     restart
     URI="nbd+unix:///?socket=$W/q"
 done
