@@ -148,8 +148,7 @@ std::unique_ptr<Export> Server::open(nbdkit_next_open *next, nbdkit_context *con
     if (reclaim) {
         if (!watched)
             throw std::runtime_error("export 'reclaim' is not available: the disk could not be opened");
-        if (!offers_reclaim())
-            throw std::runtime_error("export 'reclaim' is not for this client (maintenance=)");
+        maintainers_.require_peer(name);
         opened = std::make_unique<ReclaimExport>(*watched, readonly != 0);
     } else if (is_default(name)) {
         opened = std::make_unique<DiskExport>(watched);

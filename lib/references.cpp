@@ -39,7 +39,8 @@ void walk_fixed(State &state, ReferenceVisitor &visitor) {
 
 /// What a walk sees of the entry may be older than the end of the file: one that seems damaged is read once more while
 /// nobody changes it.
-void look_again(State &state, GuestCluster c, Mapping &m, const std::function<void(std::span<Mapping>)> &read) {
+template <class Read>
+void look_again(State &state, GuestCluster c, Mapping &m, Read &&read) {
     if (m.kind != Mapping::Kind::damaged || c.value >= state.geometry.guest_clusters())
         return;
     const RangeLock::Shared guard(state.ranges, state.geometry.offset_of(c), 1);

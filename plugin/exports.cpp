@@ -158,9 +158,7 @@ static std::unique_ptr<Export> open_by_name(Server &server, const std::string &n
         return std::make_unique<DiskExport>(server, read_only);
     if (name == "status")
         return std::make_unique<StatusExport>(server);
-    if (!server.options.maintainers.include_peer())
-        throw Error(Error::Kind::denied, EPERM,
-                    fmt::format("export '{}' is not for this client (maintenance=)", name));
+    server.options.maintainers.require_peer(name);
     if (name == "check")
         return open_check_export(server, read_only, connection);
     if (name == "compact")

@@ -2,6 +2,7 @@
 // Copyright (c) 2026, the qlean authors
 #include "maintainers.h"
 
+#include "lib/error.h"
 #include "nbdkit.h"
 
 #include <algorithm>
@@ -44,6 +45,12 @@ bool Maintainers::include_peer() const {
         return everybody_;
     const std::int64_t peer = nbdkit_peer_uid();
     return peer >= 0 && std::find(users_.begin(), users_.end(), static_cast<uid_t>(peer)) != users_.end();
+}
+
+void Maintainers::require_peer(const std::string &export_name) const {
+    if (!include_peer())
+        throw Error(Error::Kind::denied, EPERM,
+                    fmt::format("export '{}' is not for this client (maintenance=)", export_name));
 }
 
 } // namespace qlean::plugin

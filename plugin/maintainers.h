@@ -21,6 +21,8 @@ class Maintainers {
     /// Whether who is connected to the calling thread is one of them. False if it is not known who that is, as over
     /// TCP, and it matters.
     bool include_peer() const;
+    /// Throws Error (denied) if not.
+    void require_peer(const std::string &export_name) const;
 
   private:
     bool everybody_ = true;

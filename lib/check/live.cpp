@@ -6,9 +6,8 @@
 // retired before, and the commit lowered it. So the tables say the same of it from then on, whether they are read from
 // memory or from the file.
 #include "../references.h"
-#include "check.h"
-
 #include "../surplus.h"
+#include "check.h"
 #include "checker.h"
 
 #include <mutex>
@@ -100,17 +99,12 @@ CheckReport check_image(State &state, Repair how, const StopCheck &stop) {
         state.header.header().has_unknown_extension())
         return report;
     std::vector<HostRun> once;
-    std::vector<Surplus> more;
-    std::uint64_t surplus = 0;
-    for (const auto &[cluster, refcount] : checker.unreferenced()) {
-        if (watch.touched(cluster) || refcount - 1 > max_surplus - surplus)
-            continue;
-        append_run(once, {cluster, 1});
-        more.push_back({cluster, refcount - 1});
-        surplus += refcount - 1;
-    }
+    Surplus more;
+    for (const auto &[cluster, refcount] : checker.unreferenced())
+        if (!watch.touched(cluster) && more.add(cluster, refcount - 1))
+            append_run(once, {cluster, 1});
     state.allocator.retire(once);
-    retire_surplus(state.allocator, more, [&] { state.write_back.commit(WriteBack::Give::back); });
+    more.retire(state.allocator, [&] { state.write_back.commit(WriteBack::Give::back); });
     report.leaks_fixed = cluster_count(once);
     report.leaks -= report.leaks_fixed;
     return report;

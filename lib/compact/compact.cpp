@@ -67,15 +67,13 @@ void Compact::retire_leaked() {
     if (!watch_)
         return;
     std::vector<HostRun> still;
-    const auto touched = watch_->touched();
     for (const HostRun &run : std::exchange(leaked_, {}))
         for (std::uint64_t i = 0; i < run.count; ++i)
-            if (const HostCluster c = run.first + i; c.value >= touched.size() || !touched[c.value])
+            if (const HostCluster c = run.first + i; !watch_->touched(c))
                 append_run(still, {c, 1});
-    std::erase_if(surplus_,
-                  [&](const Surplus &s) { return s.cluster.value < touched.size() && touched[s.cluster.value]; });
+    surplus_.drop_if([&](HostCluster c) { return watch_->touched(c); });
     state_.allocator.retire(still);
-    retire_surplus(state_.allocator, std::exchange(surplus_, {}), [&] { image_.give_back(); });
+    std::exchange(surplus_, {}).retire(state_.allocator, [&] { image_.give_back(); });
     watch_.reset();
 }
 

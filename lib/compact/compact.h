@@ -16,6 +16,7 @@
 #include "survey.h"
 
 #include <set>
+#include <span>
 
 namespace qlean {
 
@@ -60,11 +61,11 @@ class Compact final : public Maintenance {
     bool repack(GuestCluster c, std::uint64_t descriptor, const Wanted &want);
     Repacker::Outcome move_extent(GuestCluster c, std::uint64_t descriptor, const Wanted &want);
     void move_snapshot_extents(const SnapshotWork &work, const StopCheck &stop);
-    void found_no_room(std::uint64_t descriptor);
+    void found_no_room(std::span<const std::pair<GuestCluster, std::uint64_t>> extents);
     std::uint64_t taken_out_of_live() const;
     void look_at_snapshots(const StopCheck &stop);
     SnapshotWork take_snapshot_work();
-    void has_moved_of_snapshots(std::uint64_t clusters);
+    void has_moved_of_snapshots(std::uint64_t count, std::uint64_t bytes);
     std::unique_lock<RwLock> keep_walks_out();
     std::uint64_t most_uncommitted() const;
     void settle_on_full_disk(const Layout &layout, const StopCheck &stop);
@@ -83,7 +84,7 @@ class Compact final : public Maintenance {
     bool prepared_ = false;
     Layout layout_;
     std::vector<HostRun> leaked_;
-    std::vector<Surplus> surplus_;
+    Surplus surplus_;
     std::unique_ptr<Allocator::Watch> watch_; // what happened to these since they were found
     bool lacks_copied_flags_ = false;
     std::set<std::uint64_t> empty_tables_;

@@ -103,7 +103,7 @@ void Compact::settle_metadata(const Layout &layout, const StopCheck &stop) {
         if (state_.snapshots.any()) {
             work = take_snapshot_work();
             const std::uint64_t moved = move_snapshot_clusters(state_, work, layout.end, give_back, stop);
-            has_moved_of_snapshots(moved);
+            has_moved_of_snapshots(moved, state_.geometry.bytes(moved));
             move_snapshot_extents(work, stop);
             state_.write_back.commit(WriteBack::Give::back);
         }
@@ -138,7 +138,7 @@ void Compact::settle_metadata(const Layout &layout, const StopCheck &stop) {
         });
         if (no_walk)
             no_walk.unlock();
-        has_moved_of_snapshots(moved_of_snapshots);
+        has_moved_of_snapshots(moved_of_snapshots, state_.geometry.bytes(moved_of_snapshots));
         const std::lock_guard guard(mutex_);
         for (const std::uint64_t i : empty)
             empty_tables_.erase(i);
@@ -190,21 +190,18 @@ void Compact::move_snapshot_extents(const SnapshotWork &work, const StopCheck &s
         require_going(stop);
         const auto &[c, descriptor] = work.extents[i];
         const auto outcome = move_extent(c, descriptor, want);
-        if (outcome == Repacker::Outcome::moved) {
-            placed_ += entry::compressed_extent(descriptor, state_.geometry.cluster_bits()).bytes;
-            has_moved_of_snapshots(1);
-        }
-        if (outcome != Repacker::Outcome::no_room)
-            continue;
-        for (; i < work.extents.size(); ++i)
-            found_no_room(work.extents[i].second);
+        if (outcome == Repacker::Outcome::moved)
+            has_moved_of_snapshots(1, entry::compressed_extent(descriptor, state_.geometry.cluster_bits()).bytes);
+        if (outcome == Repacker::Outcome::no_room)
+            return found_no_room(std::span(work.extents).subspan(i));
     }
 }
 
-void Compact::has_moved_of_snapshots(std::uint64_t clusters) {
-    gauges_.moved_bytes += state_.geometry.bytes(clusters);
+/// So many of what was found have moved.
+void Compact::has_moved_of_snapshots(std::uint64_t count, std::uint64_t bytes) {
+    gauges_.moved_bytes += bytes;
     const std::lock_guard guard(mutex_);
-    snapshot_work_.pending -= std::min(snapshot_work_.pending, clusters);
+    snapshot_work_.pending -= std::min(snapshot_work_.pending, count);
 }
 
 /// A walk that reads snapshots' tables from the file would not find them where it saw them.

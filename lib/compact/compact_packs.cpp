@@ -106,7 +106,6 @@ bool Compact::repack(GuestCluster c, std::uint64_t descriptor, const Wanted &wan
     }
     if (outcome == Repacker::Outcome::moved) {
         moved_ += bytes;
-        placed_ += bytes;
         gauges_.moved_bytes += bytes;
     } else {
         unreturned_ -= bytes;
@@ -115,30 +114,36 @@ bool Compact::repack(GuestCluster c, std::uint64_t descriptor, const Wanted &wan
 }
 
 Repacker::Outcome Compact::move_extent(GuestCluster c, std::uint64_t descriptor, const Wanted &want) {
-    const Repacker::Site site{want.site_end, want.end};
+    const auto move = [&] { return repacker_.move(c, descriptor, {want.site_end, want.end}); };
+    std::optional<Repacker::Outcome> outcome;
     try {
-        return repacker_.move(c, descriptor, site);
+        outcome = move();
     } catch (const Error &error) {
         if (error.kind() != Error::Kind::no_space)
             throw;
     }
-    image_.give_back(); // on a full disk, what was moved so far gives room
-    return repacker_.move(c, descriptor, site);
+    if (!outcome) {
+        image_.give_back(); // on a full disk, what was moved so far gives room
+        outcome = move();
+    }
+    if (outcome == Repacker::Outcome::moved)
+        placed_ += entry::compressed_extent(descriptor, state_.geometry.cluster_bits()).bytes;
+    return *outcome;
 }
 
 void Compact::move_extents(const Work &work, const Wanted &want, const StopCheck &stop) {
     for (std::size_t i = 0; i < work.extents.size(); ++i) {
         require_going(stop);
-        if (repack(work.extents[i].first, work.extents[i].second, want))
-            continue;
-        for (; i < work.extents.size(); ++i)
-            found_no_room(work.extents[i].second);
+        if (!repack(work.extents[i].first, work.extents[i].second, want))
+            return found_no_room(std::span(work.extents).subspan(i));
     }
 }
 
-void Compact::found_no_room(std::uint64_t descriptor) {
-    unplaced_ += std::max(entry::compressed_extent(descriptor, state_.geometry.cluster_bits()).bytes,
-                          Packs::least_part(state_.geometry, most_referrers(state_)));
+/// It was tried for the first of these, and not for the others.
+void Compact::found_no_room(std::span<const std::pair<GuestCluster, std::uint64_t>> extents) {
+    const std::uint64_t least = Packs::least_part(state_.geometry, most_referrers(state_));
+    for (const auto &[c, descriptor] : extents)
+        unplaced_ += std::max(entry::compressed_extent(descriptor, state_.geometry.cluster_bits()).bytes, least);
 }
 
 } // namespace qlean

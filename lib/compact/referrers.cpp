@@ -24,6 +24,8 @@ void warm_referrers(State &state, GuestCluster c) {
     const Geometry &g = state.geometry;
     if (c.value < g.guest_clusters())
         (void)state.mapper.look(c);
+    if (!state.snapshots.any())
+        return;
     std::vector<HostOffset> tables;
     {
         const std::shared_lock guard(state.l1.lock(g.l1_index(c)));

@@ -25,7 +25,7 @@ Moved relocate(State &state, GuestCluster c, HostCluster source, const Allocator
 
 /// The same, to the first cluster of `room`, which must not be empty. A move may need space on the host before it gives
 /// any back: on a full disk `give_back` makes what was moved so far give it, and it is tried once more. Where it went,
-/// or nothing: it did not move, and `room` is what it was.
+/// or nothing: it did not move, and `room` has the clusters that it had.
 std::optional<Allocator::Extent> relocate_into(State &state, GuestCluster c, HostCluster source,
                                                Allocator::Reservation &room, const std::function<void()> &give_back);
 

@@ -268,22 +268,17 @@ Survey verify_image(State &state, const Allocator::Watch &watch, const StopCheck
             survey.how_packed.emplace(state.geometry, most_referrers(state));
         add_snapshot_packs(state, stop, *survey.how_packed);
     }
-    std::uint64_t surplus = 0;
     for (const auto &[cluster, count, referrers] : too_many) {
         if (is_changed(cluster))
             continue;
-        const std::uint64_t times = count - std::max<std::uint64_t>(referrers, 1);
-        if (!may_free || times > max_surplus - surplus) {
+        // Of what snapshots shared, or of a pack that was being filled or emptied, when a server was killed.
+        if (!may_free || !survey.surplus.add({cluster}, count - std::max<std::uint64_t>(referrers, 1))) {
             if (referrers == 0)
                 append_run(survey.pinned, {{cluster}, 1});
             continue;
         }
         if (referrers == 0)
             append_run(survey.leaked, {{cluster}, 1});
-        // Of what snapshots shared, or of a pack that was being filled or emptied, when a server was killed.
-        if (times > 0)
-            survey.surplus.push_back({{cluster}, times});
-        surplus += times;
     }
     for (std::uint64_t c = 0; c < audit.unflagged.size() && !survey.lacks_copied_flags; ++c)
         survey.lacks_copied_flags = audit.unflagged[c] && references.of(c) == 1;

@@ -28,7 +28,7 @@ struct Survey {
     // Only from verify():
     std::vector<HostRun> leaked; ///< a refcount, and no referrer; may be given back, see surplus
     /// Counts above the number of referrers, beside that of `leaked`; as leaked.
-    std::vector<Surplus> surplus;
+    Surplus surplus;
     std::optional<Packs> how_packed; ///< set where there are compressed clusters
     std::vector<HostRun> pinned;     ///< a refcount, and no referrer that is known; stays where it is
     /// Entries of the active image, in L1 or L2, lack COPIED though nobody else refers to what they do: what a crash

@@ -53,6 +53,11 @@ class Errors(Case):
         self.assertIsNone(summary["after"])
         self.assertEqual(summary["exit_code"], SERVER_GONE)
 
+    def test_server_vanishes_in_a_resize(self):
+        server = self.server("size=64M", "exports=compact,resize/134217728", "die-after=1")
+        result = self.run_qlean("resize", server.socket, "128M", code=SERVER_GONE)
+        self.assert_one_sentence(result.stderr, "connection", "lost")
+
     def test_a_guest_that_cannot_be_asked_about(self):
         # Depth 1 and 100 ms each: the guest is looked at, in vain, while there is something to commit.
         server = self.server("size=64M", "todo=compact:0+64M", "cache-ms=100", "version=1.32.5", "guest-p99=100",

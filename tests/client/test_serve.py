@@ -44,6 +44,7 @@ class Serve(Case):
         self.assertEqual(disk.find("source").get("protocol"), "nbd")
         self.assertEqual(disk.find("source/host").get("socket"), image + ".sock")
         self.assertEqual(disk.find("driver").get("discard"), "unmap")
+        self.assertEqual(disk.find("driver").get("error_policy"), "stop")
         self.assertEqual(os.stat(image + ".sock").st_mode & 0o022, 0)
         # The process that was started is the server now, and the client can use it.
         self.assertEqual(os.path.basename(self.command_line(process)[0]), "nbdkit")

@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) 2026, the qlean authors
 #
-# Usage: compressed.sh zlib|zstd|damaged. Images that `qemu-img convert -c` made, of several cluster sizes and every
-# refcount width: read, written by a guest, trimmed, compacted beside it (extents are packed anew, about as closely as
-# they can be), overwritten, judged. And one with an extent that does not decompress.
+# Usage: compressed.sh zlib|zstd|damaged|narrow. Images that `qemu-img convert -c` made, of several cluster sizes and
+# every refcount width: read, written by a guest, trimmed, compacted beside it (extents are packed anew, about as closely as
+# they can be), overwritten, judged. And one with an extent that does not decompress; and one with a snapshot, where the
+# width of the refcounts decides how many extents go into a cluster.
 . "$(dirname "$0")/../lib.sh"
 
 # content FILE MiB: some of it random, some text, some zeroes
@@ -190,9 +191,50 @@ END
     judge "$image" "$W/model"
 }
 
-type=${1:?zlib, zstd or damaged}
+# Refcounts of 4 bits say 15 at most: 7 extents that a snapshot has too, where 12 would fit; 8 where some are the
+# snapshot's alone.
+narrow() {
+    local image=$W/a.qcow2 clusters=480 n
+    "$PYTHON" - "$W/model" $clusters <<'END'
+import random, sys
+r = random.Random(5)
+with open(sys.argv[1], "wb") as out:
+    for _ in range(int(sys.argv[2])):
+        out.write(r.randbytes(4800) + bytes(65536 - 4800))
+END
+    qemu-img convert -c -f raw -O qcow2 -o refcount_bits=4 "$W/model" "$image"
+    local commands=()
+    for ((n = 0; n < clusters; n += 4)); do commands+=(-c "discard $((n * 65536)) 192k"); done
+    qemu-io -f qcow2 -d unmap "${commands[@]}" "$image" >/dev/null
+    qemu-img snapshot -c kept "$image"
+    qemu-img convert -f qcow2 -O raw -l snapshot.name=kept "$image" "$W/kept"
+    commands=()
+    for ((n = 3; n < clusters; n += 16)); do commands+=(-c "write -P $((n % 250 + 1)) $((n * 65536)) 64k"); done
+    qemu-io -f qcow2 "${commands[@]}" "$image" >/dev/null
+    qemu-img convert -f qcow2 -O raw "$image" "$W/model"
+    judge "$image"
+    local before after
+    read -r before _ < <("$PYTHON" "$TESTS/interop/packs.py" "$image")
+    start_server "$image"
+    compact
+    read -r after _ < <("$PYTHON" "$TESTS/interop/packs.py" "$image")
+    [ $((after * 2)) -le "$before" ] || fail "$before clusters with extents became $after"
+    guest_beside --model "$W/model" --connections 2 --largest 20000 --pause 0.05
+    compact
+    guest_end
+    compact_all "$image"
+    stop_server
+    judge "$image" "$W/model"
+    qemu-img convert -f qcow2 -O raw -l snapshot.name=kept "$image" "$W/now"
+    cmp "$W/now" "$W/kept" || fail "the snapshot is not what it was"
+    "$QLEAN" snapshot delete "$image" kept
+    judge "$image" "$W/model"
+}
+
+type=${1:?zlib, zstd, damaged or narrow}
 case $type in
 damaged) damaged ;;
+narrow) narrow ;;
 zlib)
     reads
     one 512 16 6

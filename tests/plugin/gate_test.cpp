@@ -1,16 +1,20 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) 2026, the qlean authors
 //
-// How a server ends that aborts: in order where the abort is not our own, and at once where it is.
+// Who runs beside whom; and how a server ends that aborts: in order where the abort is not our own, and at once where
+// it is.
 #include "plugin/gate.h"
 #include "tests/catch.h"
 
+#include <atomic>
+#include <chrono>
 #include <csignal>
 #include <cstdlib>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <thread>
 #include <unistd.h>
+#include <vector>
 
 using qlean::plugin::Gate;
 
@@ -58,6 +62,65 @@ End end_of(Do &&what, int sent = 0) {
 }
 
 } // namespace
+
+TEST_CASE("Who wants to be alone waits for each request in flight, whatever thread runs it, and holds later ones") {
+    constexpr int threads = 40; // more than there are doors
+    Gate gate;
+    for (int last = 0; last < threads; ++last) {
+        std::vector<std::thread> requests;
+        std::atomic<int> inside{0};
+        std::vector<std::atomic<bool>> may_leave(threads);
+        for (int i = 0; i < threads; ++i)
+            requests.emplace_back([&, i] {
+                const auto entry = gate.enter();
+                ++inside;
+                may_leave[i].wait(false);
+                --inside;
+            });
+        while (inside != threads)
+            std::this_thread::yield();
+        std::atomic<bool> alone{false}, done{false};
+        std::atomic<int> beside{-1};
+        std::thread maintainer([&] {
+            const auto entry = gate.enter_alone();
+            beside = inside.load();
+            alone = true;
+            done.wait(false);
+        });
+        const auto let_go = [&](int i) {
+            may_leave[i] = true;
+            may_leave[i].notify_one();
+        };
+        for (int i = 0; i < threads; ++i)
+            if (i != last)
+                let_go(i);
+        for (int i = 0; i < threads; ++i)
+            if (i != last)
+                requests[i].join();
+        std::this_thread::sleep_for(std::chrono::milliseconds(5));
+        CHECK_FALSE(alone);
+        let_go(last);
+        requests[last].join();
+        while (!alone)
+            std::this_thread::yield();
+        CHECK(beside == 0);
+        std::atomic<int> entered{0};
+        std::vector<std::thread> later;
+        for (int i = 0; i < threads; ++i)
+            later.emplace_back([&] {
+                const auto entry = gate.enter();
+                ++entered;
+            });
+        std::this_thread::sleep_for(std::chrono::milliseconds(5));
+        CHECK(entered == 0);
+        done = true;
+        done.notify_one();
+        maintainer.join();
+        for (auto &thread : later)
+            thread.join();
+        CHECK(entered == threads);
+    }
+}
 
 TEST_CASE("An abort of nbdkit's is an end in order") {
     const End end = end_of([](Gate &, auto) { std::thread([] { std::abort(); }).detach(); });
