@@ -17,9 +17,11 @@
 #include "file.h"
 #include "refcounts.h"
 
+#include <array>
 #include <atomic>
 #include <deque>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <vector>
@@ -157,17 +159,36 @@ class Allocator {
     };
 
   private:
+    /// Memory is used for what was set: an image may have very many clusters, of which nobody asks. Bits beyond the new
+    /// end must be clear before it shrinks.
     class Bits {
       public:
-        void resize(std::uint64_t n) { words_.resize(divide_up(n, 64)); }
-        bool get(std::uint64_t i) const { return words_[i / 64] >> (i % 64) & 1; }
-        void set(std::uint64_t i) { words_[i / 64] |= std::uint64_t{1} << (i % 64); }
-        void clear(std::uint64_t i) { words_[i / 64] &= ~(std::uint64_t{1} << (i % 64)); }
-        std::uint64_t word(std::uint64_t w) const { return words_[w]; }
-        std::uint64_t words() const { return words_.size(); }
+        void resize(std::uint64_t n) {
+            words_ = divide_up(n, 64);
+            pages_.resize(divide_up(words_, page_words));
+        }
+        bool get(std::uint64_t i) const { return word(i / 64) >> (i % 64) & 1; }
+        void set(std::uint64_t i) {
+            auto &page = pages_[i / 64 / page_words];
+            if (!page)
+                page = std::make_unique<Page>();
+            (*page)[i / 64 % page_words] |= std::uint64_t{1} << (i % 64);
+        }
+        void clear(std::uint64_t i) {
+            if (auto &page = pages_[i / 64 / page_words])
+                (*page)[i / 64 % page_words] &= ~(std::uint64_t{1} << (i % 64));
+        }
+        std::uint64_t word(std::uint64_t w) const {
+            const auto &page = pages_[w / page_words];
+            return page ? (*page)[w % page_words] : 0;
+        }
+        std::uint64_t words() const { return words_; }
 
       private:
-        std::vector<std::uint64_t> words_;
+        static constexpr std::uint64_t page_words = 512;
+        using Page = std::array<std::uint64_t, page_words>;
+        std::uint64_t words_ = 0;
+        std::vector<std::unique_ptr<Page>> pages_;
     };
 
     std::uint64_t regions() const { return divide_up(end_, refcounts_.region_clusters()); }

@@ -13,7 +13,9 @@ constexpr std::uint64_t batch = 4096;
 /// Work between commits: bounds the space used on the way and how long a guest's flush can take.
 constexpr std::uint64_t max_moved_bytes = 32 * 1024 * 1024;
 constexpr std::uint64_t min_moved_bytes = 1024 * 1024;
-constexpr std::uint64_t file_share = 128;
+constexpr std::uint64_t ideal_share = 104;
+/// Between two places that are written out by one call.
+constexpr std::uint64_t gap_bytes = 1024 * 1024;
 
 } // namespace
 
@@ -23,7 +25,7 @@ Compact::Compact(Image &image, MoveOwnership &ownership, Gauges &gauges, std::ui
 
 Compact::~Compact() {
     try {
-        if (repacker_.close() || moved_ != 0)
+        if (repacker_.close() || uncommitted_.any_moved())
             image_.give_back();
     } catch (...) {
         // The background commit tries again and reports.
@@ -93,9 +95,9 @@ void Compact::measure() {
     gauges_.pending = static_cast<std::int64_t>(layout_.pending);
 }
 
-/// Bytes that may be moved and still occupy their source.
-std::uint64_t Compact::most_uncommitted() const {
-    return std::clamp(state_.geometry.bytes(state_.allocator.end()) / file_share, min_moved_bytes, max_moved_bytes);
+/// Bytes that may be moved and still occupy their source: less than one percent of what the image will be.
+std::uint64_t Compact::most_uncommitted(HostCluster end) const {
+    return std::clamp(state_.geometry.bytes(end.value) / ideal_share, min_moved_bytes, max_moved_bytes);
 }
 
 Compact::Wanted Compact::wanted(const StopCheck &stop) {
@@ -213,28 +215,8 @@ Compact::Work Compact::find_work(GuestCluster first, GuestCluster last, const Wa
     return work;
 }
 
-/// Keeps what was moved and still occupies its source within bounds: `bytes` may be moved when this returns. Requests
-/// in parallel that come to the limit wait for the one that gives back, or they would fill the host's disk meanwhile.
-void Compact::wait_for_room(std::uint64_t bytes) {
-    const std::uint64_t limit = std::max(bytes, most_uncommitted());
-    for (;;) {
-        std::uint64_t taken = unreturned_;
-        while (taken + bytes <= limit)
-            if (unreturned_.compare_exchange_weak(taken, taken + bytes))
-                return;
-        const std::lock_guard guard(commit_mutex_);
-        if (unreturned_ + bytes <= limit)
-            continue;
-        const std::uint64_t returned = moved_;
-        image_.give_back();
-        has_returned(returned);
-    }
-}
-
-/// With commit_mutex_ held: of what was moved, `bytes` have been given back.
-void Compact::has_returned(std::uint64_t bytes) {
-    moved_ -= bytes;
-    unreturned_ -= bytes;
+Uncommitted::Share Compact::room_for(std::uint64_t bytes, const Wanted &want) {
+    return uncommitted_.take(bytes, most_uncommitted(want.end), [&] { image_.give_back(); });
 }
 
 void Compact::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) {
@@ -274,24 +256,22 @@ void Compact::move_plain(const Work &work, const Wanted &want, const StopCheck &
         if (room.empty())
             break;
         require_going(stop);
-        wait_for_room(g.cluster_size());
-        std::optional<Allocator::Extent> destination;
-        try {
-            destination = relocate_into(state_, cluster, source, room, [&] { image_.give_back(); });
-        } catch (...) {
-            unreturned_ -= g.cluster_size();
-            throw;
-        }
-        if (!destination) {
-            unreturned_ -= g.cluster_size();
+        auto share = room_for(g.cluster_size(), want);
+        const auto destination = relocate_into(state_, cluster, source, room, [&] { image_.give_back(); });
+        if (!destination)
             continue;
-        }
-        moved_ += g.cluster_size();
+        share.moved();
         append_run(written, destination->run);
         gauges_.moved_bytes += g.cluster_size();
     }
-    for (const HostRun &run : written)
-        state_.data.start_writing_out(g.offset_of(run.first), g.bytes(run.count));
+    // Early, so that nobody's sync has much to wait for; with what little of others lies in between.
+    for (auto run = written.begin(); run != written.end();) {
+        const HostCluster first = run->first;
+        HostCluster last = run->end();
+        for (++run; run != written.end() && run->first >= last && g.bytes(run->first - last) <= gap_bytes; ++run)
+            last = run->end();
+        state_.data.start_writing_out(g.offset_of(first), g.bytes(last - first));
+    }
 }
 
 } // namespace qlean

@@ -14,6 +14,7 @@
 #include "repack.h"
 #include "snapshot_moves.h"
 #include "survey.h"
+#include "uncommitted.h"
 
 #include <set>
 #include <span>
@@ -41,8 +42,6 @@ class Compact final : public Maintenance {
 
     bool table_moves_with(GuestCluster c, const std::vector<Mapping> &mappings, GuestCluster first, HostCluster end);
 
-    void wait_for_room(std::uint64_t bytes);
-    void has_returned(std::uint64_t bytes);
     void measure();
     void measure_packs(const Packs &packs);
     void refresh(const StopCheck &stop);
@@ -54,6 +53,7 @@ class Compact final : public Maintenance {
     };
     Wanted wanted(const StopCheck &stop);
     Wanted wanted_now() const;
+    Uncommitted::Share room_for(std::uint64_t bytes, const Wanted &wanted);
     bool to_repack(const Mapping &mapping, const Wanted &wanted) const;
     Work find_work(GuestCluster first, GuestCluster last, const Wanted &want);
     void move_plain(const Work &work, const Wanted &want, const StopCheck &stop);
@@ -67,7 +67,7 @@ class Compact final : public Maintenance {
     SnapshotWork take_snapshot_work();
     void has_moved_of_snapshots(std::uint64_t count, std::uint64_t bytes);
     std::unique_lock<RwLock> keep_walks_out();
-    std::uint64_t most_uncommitted() const;
+    std::uint64_t most_uncommitted(HostCluster end) const;
     void settle_on_full_disk(const Layout &layout, const StopCheck &stop);
     void settle_metadata(const Layout &layout, const StopCheck &stop);
     void cut(const StopCheck &stop);
@@ -102,9 +102,7 @@ class Compact final : public Maintenance {
 
     Repacker repacker_;
     std::atomic<std::uint64_t> placed_{0}, unplaced_{0}; ///< bytes of extents, and those that found no room since then
-    std::mutex commit_mutex_;                            // one at a time gives back what was moved
-    std::atomic<std::uint64_t> unreturned_{0}; ///< bytes being moved, or moved and their sources not punched yet
-    std::atomic<std::uint64_t> moved_{0};      ///< of these, moved; lowered with commit_mutex_ held
+    Uncommitted uncommitted_;
 };
 
 } // namespace qlean

@@ -31,8 +31,7 @@ void Compact::commit(const StopCheck &stop) {
     state_.write_back.before_change();
     ownership_.claim(name_, connection_);
     prepare(stop);
-    const std::lock_guard commit_guard(commit_mutex_);
-    const std::uint64_t returned = moved_;
+    Uncommitted::Return returning(uncommitted_);
     const std::uint64_t end_before = state_.allocator.end();
     bool lacks_copied_flags = false;
     {
@@ -68,7 +67,7 @@ void Compact::commit(const StopCheck &stop) {
     while (state_.allocator.punch_step(step_bytes))
         require_going(stop);
     gauges_.given_back_bytes += state_.geometry.bytes(end_before - std::min(end_before, state_.allocator.end()));
-    has_returned(returned);
+    returning.done();
 }
 
 /// settle_metadata() gives back by punching and cutting only when it has moved everything: for lack of space on the
@@ -170,20 +169,20 @@ void Compact::look_at_snapshots(const StopCheck &stop) {
 SnapshotWork Compact::take_snapshot_work() {
     const std::lock_guard guard(mutex_);
     SnapshotWork work;
-    const auto take =
-        [most = std::max<std::uint64_t>(most_uncommitted() / state_.geometry.cluster_size(), 1)](auto &from) {
-            const auto first = from.end() - static_cast<std::ptrdiff_t>(std::min<std::uint64_t>(most, from.size()));
-            std::remove_reference_t<decltype(from)> taken(first, from.end());
-            from.erase(first, from.end());
-            return taken;
-        };
+    const auto take = [most = std::max<std::uint64_t>(most_uncommitted(layout_.end) / state_.geometry.cluster_size(),
+                                                      1)](auto &from) {
+        const auto first = from.end() - static_cast<std::ptrdiff_t>(std::min<std::uint64_t>(most, from.size()));
+        std::remove_reference_t<decltype(from)> taken(first, from.end());
+        from.erase(first, from.end());
+        return taken;
+    };
     work.clusters = take(snapshot_work_.clusters);
     work.extents = take(snapshot_work_.extents);
     work.tables = take(snapshot_work_.tables);
     return work;
 }
 
-/// Extents that only snapshots have. With commit_mutex_ held.
+/// Extents that only snapshots have.
 void Compact::move_snapshot_extents(const SnapshotWork &work, const StopCheck &stop) {
     const Wanted want = wanted(stop);
     for (std::size_t i = 0; i < work.extents.size(); ++i) {

@@ -96,19 +96,11 @@ bool Compact::to_repack(const Mapping &mapping, const Wanted &wanted) const {
 /// One compressed extent. False: there is no room for it.
 bool Compact::repack(GuestCluster c, std::uint64_t descriptor, const Wanted &want) {
     const std::uint64_t bytes = entry::compressed_extent(descriptor, state_.geometry.cluster_bits()).bytes;
-    auto outcome = Repacker::Outcome::no_room;
-    wait_for_room(bytes);
-    try {
-        outcome = move_extent(c, descriptor, want);
-    } catch (...) {
-        unreturned_ -= bytes;
-        throw;
-    }
+    auto share = room_for(bytes, want);
+    const auto outcome = move_extent(c, descriptor, want);
     if (outcome == Repacker::Outcome::moved) {
-        moved_ += bytes;
+        share.moved();
         gauges_.moved_bytes += bytes;
-    } else {
-        unreturned_ -= bytes;
     }
     return outcome != Repacker::Outcome::no_room;
 }
