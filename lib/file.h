@@ -46,6 +46,16 @@ class File {
     /// Makes the host keep space for [at, at+length), so that writing there cannot run out of it. Where the host has no
     /// such promise, nothing happens.
     virtual void reserve_space(HostOffset at, std::uint64_t length) = 0;
+    /// Makes [to, to+length) hold what [from, from+length) holds, by sharing the host's blocks: nothing is read or
+    /// written. False: the host's file system cannot, nothing changed. After an error anything may be at `to`.
+    virtual bool share(HostOffset from, HostOffset to, std::uint64_t length) {
+        static_cast<void>(from), static_cast<void>(to), static_cast<void>(length);
+        return false;
+    }
+    /// Waits until share() of that has nothing to write out first, where there is a share().
+    virtual void prepare_to_share(HostOffset at, std::uint64_t length) {
+        static_cast<void>(at), static_cast<void>(length);
+    }
     /// A hole, and what was never written below the end of the file, reads as zeroes.
     virtual bool holes_are_zeroes() const { return true; }
     virtual std::uint64_t length() = 0;

@@ -7,7 +7,11 @@
 #include <cstring>
 #include <fcntl.h>
 #include <linux/falloc.h>
+#include <linux/fs.h>
+#include <linux/magic.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
+#include <sys/statfs.h>
 #include <sys/uio.h>
 #include <sys/xattr.h>
 #include <unistd.h>
@@ -53,6 +57,9 @@ std::unique_ptr<PosixFile> PosixFile::open(const std::string &path, Access acces
     if (::fstat(fd, &st) == -1)
         throw_io(errno, fmt::format("cannot stat image '{}'", path));
     file->identity_ = {st.st_dev, st.st_ino};
+    // btrfs shares blocks, but each sync after that logs all of the file: it takes longer than copying (measured).
+    struct statfs fs;
+    file->can_share_ = ::fstatfs(fd, &fs) == 0 && fs.f_type != BTRFS_SUPER_MAGIC;
     file->is_device_ = S_ISBLK(st.st_mode) && devices == Devices::accepted && access == Access::read_only;
     if (!S_ISREG(st.st_mode) && !file->is_device_)
         throw Error(Error::Kind::unsupported, EINVAL,
@@ -166,6 +173,39 @@ void PosixFile::reserve_space(HostOffset at, std::uint64_t length) {
             return;
         fail(errno, "reserving", at, length);
     }
+}
+
+/// File systems share whole blocks of theirs, of which few are larger than this.
+bool PosixFile::may_share(HostOffset at, std::uint64_t length) const {
+    return can_share_.load(std::memory_order_relaxed) && at.value % host_block == 0 && length % host_block == 0;
+}
+
+bool PosixFile::share(HostOffset from, HostOffset to, std::uint64_t length) {
+    if (!may_share(from, length) || !may_share(to, length))
+        return false;
+    file_clone_range range{};
+    range.src_fd = fd_;
+    range.src_offset = from.value;
+    range.src_length = length;
+    range.dest_offset = to.value;
+    while (::ioctl(fd_, FICLONERANGE, &range) == -1) {
+        if (errno == EINTR)
+            continue;
+        if (errno == EINVAL) // blocks larger than the cluster, or a cluster that the file ends within
+            return false;
+        if (errno == EOPNOTSUPP || errno == ENOTTY || errno == ENOSYS || errno == EXDEV || errno == EPERM) {
+            can_share_.store(false, std::memory_order_relaxed);
+            return false;
+        }
+        fail(errno, "sharing", to, length);
+    }
+    return true;
+}
+
+void PosixFile::prepare_to_share(HostOffset at, std::uint64_t length) {
+    if (may_share(at, length))
+        ::sync_file_range(fd_, as_off(at), static_cast<off_t>(length),
+                          SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
 }
 
 std::uint64_t PosixFile::length() {

@@ -34,6 +34,8 @@ class PosixFile final : public File {
     bool punch(HostOffset at, std::uint64_t length) override;
     bool zero_keeping_space(HostOffset at, std::uint64_t length) override;
     void reserve_space(HostOffset at, std::uint64_t length) override;
+    bool share(HostOffset from, HostOffset to, std::uint64_t length) override;
+    void prepare_to_share(HostOffset at, std::uint64_t length) override;
     std::uint64_t length() override;
     std::uint64_t allocated() override;
     std::optional<HostOffset> next_data(HostOffset at) override;
@@ -55,6 +57,7 @@ class PosixFile final : public File {
 
   private:
     PosixFile(int fd, std::string path) : fd_(fd), path_(std::move(path)) {}
+    bool may_share(HostOffset at, std::uint64_t length) const;
     void distrust_page_cache();
     [[noreturn]] void fail_to_sync(int code, const char *how);
     [[noreturn]] void fail(int code, const char *what, HostOffset at, std::uint64_t length) const;
@@ -65,6 +68,7 @@ class PosixFile final : public File {
     bool is_device_ = false;
     std::atomic<bool> can_punch_{true};
     std::atomic<bool> can_zero_{true};
+    std::atomic<bool> can_share_{false};
 };
 
 } // namespace qlean

@@ -43,6 +43,27 @@ std::vector<subclusters::Piece> pieces_with_data(const Geometry &g, const Mappin
     return pieces;
 }
 
+/// Under the range lock: no device is waited for, unless that has been done before (`warmed`), when what is asked for
+/// is in memory even where the host cannot promise that (RWF_NOWAIT on tmpfs). False: it would have to be; nothing is
+/// done.
+bool source_to_destination(State &state, const std::vector<subclusters::Piece> &pieces, HostOffset from,
+                           const Allocator::Extent &destination, std::span<std::byte> bytes, bool warmed) {
+    const HostOffset to = state.geometry.offset_of(destination.run.first);
+    if (pieces.size() == 1 && pieces.front().length == bytes.size() && state.data.share(from, to, bytes.size()))
+        return true;
+    for (const auto &[within, length] : pieces) {
+        const auto piece = bytes.subspan(within, length);
+        if (warmed)
+            state.data.read(piece, from + within);
+        else if (!state.data.read_cached(piece, from + within))
+            return false;
+    }
+    for (const auto &[within, length] : pieces)
+        write_cluster(state.data, bytes.subspan(within, length), to + within,
+                      destination.zero && state.data.holes_are_zeroes());
+    return true;
+}
+
 /// relocate() of a cluster that snapshots refer to: once, with every reference.
 Moved relocate_shared(State &state, GuestCluster c, HostCluster source, const Allocator::Extent &destination,
                       bool *used) {
@@ -51,6 +72,7 @@ Moved relocate_shared(State &state, GuestCluster c, HostCluster source, const Al
     const HostOffset from = g.offset_of(source), to = g.offset_of(destination.run.first);
     warm_referrers(state, c);
     for (bool warmed = false;; warmed = true) {
+        state.data.prepare_to_share(from, g.cluster_size());
         {
             const RangeLock::Exclusive guard(state.ranges, g.offset_of(c), 1, std::try_to_lock);
             if (!guard.owns())
@@ -59,10 +81,7 @@ Moved relocate_shared(State &state, GuestCluster c, HostCluster source, const Al
                 find_referrers(state, c, [&](const Mapping &m) { return m.has_host() && m.host == source; });
             if (!referrers || referrers->count() == 0)
                 return Moved::gone;
-            if (warmed)
-                state.data.read(bytes, from);
-            if (warmed || state.data.read_cached(bytes, from)) {
-                write_cluster(state.data, bytes, to, destination.zero && state.data.holes_are_zeroes());
+            if (source_to_destination(state, {{0, g.cluster_size()}}, from, destination, bytes, warmed)) {
                 // Each keeps its flag, for the clusters have the same refcount; but one that has turned out to be the
                 // active image's alone gets it.
                 const std::uint64_t flag = referrers->active && referrers->count() == 1 ? entry::copied : 0;
@@ -97,6 +116,7 @@ Moved relocate_own(State &state, GuestCluster c, HostCluster source, const Alloc
         bool moved = false;
         if (!is_own(state, state.mapper.look(c), source)) // brings the L2 slice into memory, before the lock
             return Moved::gone;
+        state.data.prepare_to_share(from, g.cluster_size());
         {
             const RangeLock::Exclusive guard(state.ranges, g.offset_of(c), 1, std::try_to_lock);
             if (!guard.owns())
@@ -107,19 +127,7 @@ Moved relocate_own(State &state, GuestCluster c, HostCluster source, const Alloc
                 return Moved::gone;
             const auto pieces = pieces_with_data(g, m);
             const bool copy = !pieces.empty();
-            bool in_memory = true;
-            for (const auto &[within, length] : pieces) {
-                const auto piece = std::span(bytes).subspan(within, length);
-                // Once warmed it is in memory, even where the host cannot promise that (RWF_NOWAIT on tmpfs).
-                if (warmed)
-                    state.data.read(piece, from + within);
-                else
-                    in_memory = in_memory && state.data.read_cached(piece, from + within);
-            }
-            if (in_memory) {
-                for (const auto &[within, length] : pieces)
-                    write_cluster(state.data, std::span(bytes).subspan(within, length), to + within,
-                                  destination.zero && state.data.holes_are_zeroes());
+            if (source_to_destination(state, pieces, from, destination, bytes, warmed)) {
                 if (copy && m.is_mixed() && !destination.zero)
                     subclusters::punch_all_but(state, destination.run.first, subclusters::bitmap_of(m).data());
                 Mapper::Editor editor(state.mapper, c, 1);

@@ -10,7 +10,7 @@
 namespace qlean::fault {
 
 const char *name_of(Op op) {
-    static constexpr const char *names[] = {"read", "write", "sync", "truncate", "punch", "zero", "reserve"};
+    static constexpr const char *names[] = {"read", "write", "sync", "truncate", "punch", "zero", "reserve", "share"};
     return names[static_cast<unsigned>(op)];
 }
 
@@ -85,6 +85,11 @@ void FaultyDisk::refuse_zero(bool refuse) {
     refuse_zero_ = refuse;
 }
 
+void FaultyDisk::allow_share(bool allow) {
+    const std::lock_guard guard(mutex_);
+    allow_share_ = allow;
+}
+
 void FaultyDisk::maybe_fail(const Request &request, std::span<const std::byte> from) {
     if (truces_ != 0)
         return;
@@ -97,7 +102,7 @@ void FaultyDisk::maybe_fail(const Request &request, std::span<const std::byte> f
     }
     struck_ = true;
     const int code = fault_->code;
-    if (request.op == Op::write && fault_->partial > 0)
+    if (fault_->partial > 0)
         store(request.at, from.first(std::min<std::uint64_t>(round_down(fault_->partial, sector), from.size())));
     if (!fault_->lasting)
         fault_.reset();
@@ -263,6 +268,25 @@ void FaultyFile::reserve_space(HostOffset at, std::uint64_t length) {
         disk_->maybe_fail(request, {});
     }
     disk_->run_hooks(false, request);
+}
+
+bool FaultyFile::share(HostOffset from, HostOffset to, std::uint64_t length) {
+    const Request request{Op::share, to.value, length};
+    {
+        const std::lock_guard guard(disk_->mutex_);
+        if (!disk_->allow_share_ || from.value + length > disk_->bytes_.size())
+            return false;
+    }
+    disk_->run_hooks(true, request);
+    {
+        const std::lock_guard guard(disk_->mutex_);
+        const auto first = disk_->bytes_.begin() + static_cast<std::ptrdiff_t>(from.value);
+        const Bytes bytes(first, first + static_cast<std::ptrdiff_t>(length));
+        disk_->maybe_fail(request, bytes);
+        disk_->store(to.value, bytes);
+    }
+    disk_->run_hooks(false, request);
+    return true;
 }
 
 std::uint64_t FaultyFile::allocated() {

@@ -20,11 +20,11 @@ namespace qlean::fault {
 
 using Bytes = std::vector<std::byte>;
 
-enum class Op : std::uint8_t { read, write, sync, truncate, punch, zero, reserve };
-constexpr unsigned op_count = 7;
+enum class Op : std::uint8_t { read, write, sync, truncate, punch, zero, reserve, share };
+constexpr unsigned op_count = 8;
 constexpr unsigned mask(Op op) { return 1u << static_cast<unsigned>(op); }
-constexpr unsigned any_change =
-    mask(Op::write) | mask(Op::sync) | mask(Op::truncate) | mask(Op::punch) | mask(Op::zero) | mask(Op::reserve);
+constexpr unsigned any_change = mask(Op::write) | mask(Op::sync) | mask(Op::truncate) | mask(Op::punch) |
+                                mask(Op::zero) | mask(Op::reserve) | mask(Op::share);
 const char *name_of(Op op);
 
 /// One operation as a test sees it: `at` and `length` are bytes; for a truncate `at` is the new length.
@@ -40,7 +40,7 @@ struct Fault {
     std::uint64_t nth = 1;
     int code = EIO;
     bool lasting = false;
-    /// A write that fails has put this many bytes into the file before, at most; whole sectors.
+    /// A write or a share that fails has put this many bytes into the file before, at most; whole sectors.
     std::uint64_t partial = 0;
     Filter only;
 };
@@ -91,6 +91,8 @@ class FaultyDisk {
     /// What the host's file system cannot do.
     void refuse_punch(bool refuse);
     void refuse_zero(bool refuse);
+    /// The host's file system shares blocks, which it does not by default.
+    void allow_share(bool allow);
 
     /// Called before (or after) each request, with no lock of the disk held; it may wait. Removed by number.
     int add_hook(bool before, std::function<void(const Request &)> hook);
@@ -120,7 +122,7 @@ class FaultyDisk {
     std::optional<Fault> fault_;
     bool struck_ = false;
     std::uint64_t counts_[op_count] = {};
-    bool cold_ = false, refuse_punch_ = false, refuse_zero_ = false;
+    bool cold_ = false, refuse_punch_ = false, refuse_zero_ = false, allow_share_ = false;
     std::vector<std::pair<std::uint64_t, std::uint64_t>> warmed_;
     std::list<std::shared_ptr<Hook>> hooks_;
     int next_hook_ = 0;
@@ -140,6 +142,8 @@ class FaultyFile final : public File {
     bool punch(HostOffset at, std::uint64_t length) override;
     bool zero_keeping_space(HostOffset at, std::uint64_t length) override;
     void reserve_space(HostOffset at, std::uint64_t length) override;
+    /// In the record it is a write: before a sync all of it, some of it or nothing may be there.
+    bool share(HostOffset from, HostOffset to, std::uint64_t length) override;
     std::uint64_t length() override { return disk_->length(); }
     std::uint64_t allocated() override;
     std::optional<HostOffset> next_data(HostOffset at) override;

@@ -221,6 +221,7 @@ TEST_CASE("A4: between a move and its commit a snapshot's entries say where the 
 }
 
 TEST_CASE("A7: a place that a failed move has written to is not taken for zeroes by the next move") {
+    const Op op = GENERATE(Op::write, Op::share);
     constexpr std::uint64_t low = 0, moved = 30, zero = 33;
     ImagePlan plan = metadata_last();
     Scene s(build_image(plan).bytes);
@@ -231,8 +232,9 @@ TEST_CASE("A7: a place that a failed move has written to is not taken for zeroes
     auto room = state.allocator.reserve_below(1, {11});
     REQUIRE(room.count() == 1);
     REQUIRE(room.extents().front().zero);
+    s.disk->allow_share(op == Op::share);
     Fault fault;
-    fault.ops = mask(Op::write);
+    fault.ops = mask(op);
     fault.code = ENOSPC;
     fault.partial = cluster;
     s.disk->fail(fault);
@@ -245,10 +247,34 @@ TEST_CASE("A7: a place that a failed move has written to is not taken for zeroes
     const auto trim = [&] { s.image->trim({moved * cluster}, cluster); };
     CHECK_FALSE(relocate_into(state, {moved}, source(moved), room, trim));
     REQUIRE(s.disk->struck());
+    s.disk->allow_share(false); // or the next would not care
     REQUIRE(relocate_into(state, {zero}, source(zero), room, [] {}));
     CHECK(all_are(read_some(*s.image, zero * cluster, cluster), 0));
     s.image->flush();
     CHECK(all_are(read_some(*s.image, moved * cluster, cluster), 0));
+    CHECK(judge(s.disk->bytes()).sound());
+}
+
+TEST_CASE("A move shares the host's blocks where the host can: nothing is read, nothing written, cold or not") {
+    const bool cold = GENERATE(false, true);
+    Scene s(build_image(metadata_last()).bytes);
+    State &state = s.image->state();
+    s.guest->trim(0, cluster);
+    s.image->give_back();
+    auto room = state.allocator.reserve_below(1, {11});
+    REQUIRE(room.count() == 1);
+    const Bytes before = read_some(*s.image, 30 * cluster, cluster);
+    Mapping m;
+    state.mapper.resolve({30}, std::span(&m, 1));
+    s.disk->allow_share(true);
+    s.disk->start_cold(cold);
+    const std::uint64_t used = s.disk->count(mask(Op::read) | mask(Op::write)), shared = s.disk->count(mask(Op::share));
+    REQUIRE(relocate_into(state, {30}, m.host, room, [] {}));
+    CHECK(s.disk->count(mask(Op::read) | mask(Op::write)) == used);
+    CHECK(s.disk->count(mask(Op::share)) == shared + 1);
+    CHECK(read_some(*s.image, 30 * cluster, cluster) == before);
+    s.guest->flush();
+    CHECK(s.cut_everywhere(11) == "");
     CHECK(judge(s.disk->bytes()).sound());
 }
 

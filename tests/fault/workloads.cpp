@@ -239,6 +239,7 @@ Run start(const Workload &workload, std::uint64_t seed) {
     Run run;
     run.original = workload.image(seed);
     run.disk = std::make_shared<FaultyDisk>(run.original);
+    run.disk->allow_share(seed % 2 == 1);
     run.disk->record();
     run.image = open_image(run.disk);
     run.guest = std::make_unique<RecordedGuest>(*run.image, *run.disk, seed);
