@@ -9,6 +9,7 @@
 set -eu
 program=$1 cluster=$2 size=$3 count=$4 options=cluster_size=$2${5:+,$5}
 build=${QLEAN_BUILD:?}
+programs=${QLEAN_STRESS:-$build/tests/stress} # those of a build with a sanitizer, say
 work=$(mktemp -d "${TMPDIR:-/tmp}/qlean-stress.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 image=$work/disk.qcow2
@@ -22,18 +23,18 @@ for _ in $(seq "$count"); do
     seed=${SEED:-$((RANDOM * 32768 + RANDOM))}
     qemu-img create -q -f qcow2 -o "$options" "$image" "$size"
     if [ -n "$snapshot" ]; then
-        "$build/tests/stress/killed" "$image" "$seed" 300 4
+        "$programs/killed" "$image" "$seed" 300 4
         qemu-img snapshot -c s "$image"
         snapshot_bytes "$work/snapshot"
     fi
     case $program in
     stress)
-        "$build/tests/stress/stress" "$image" "$seed" 1.5 4
+        "$programs/stress" "$image" "$seed" 1.5 4
         qemu-img check -q "$image" || { echo "FAILED: seed $seed: qemu-img check"; exit 1; }
         ;;
     killed) # twice the same image: the second server inherits what the first left
         for round in 1 2; do
-            "$build/tests/stress/killed" "$image" "$((seed + round))" $((300 + RANDOM % 900)) 4
+            "$programs/killed" "$image" "$((seed + round))" $((300 + RANDOM % 900)) 4
             status=0
             qemu-img check "$image" >"$work/check" 2>&1 || status=$?
             case $status in 0 | 3) ;; *)

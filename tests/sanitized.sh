@@ -1,0 +1,57 @@
+#!/bin/bash
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) 2026, the qlean authors
+#
+# sanitized.sh address|thread some|all: builds the engine with a sanitizer below the build directory and runs tests in it;
+# any report ends a test with an error. address is AddressSanitizer, LeakSanitizer and UndefinedBehaviorSanitizer.
+# "some", what fits into every run: random workloads of several threads beside compaction, killed ones, with address also
+# power cuts and the bugs of others. "all": every program that runs the engine by itself, then the
+# tests with real servers, for which nbdkit is started with the sanitizer's runtime.
+#
+# UBSan without null, alignment, object-size and vptr: half of the compile time, and AddressSanitizer sees what they guard.
+set -euo pipefail
+sanitizer=$1 amount=$2
+tests=$(cd "$(dirname "$0")" && pwd)
+build=$(cd "${QLEAN_BUILD:?}" && pwd)
+to=$build/$sanitizer
+case $sanitizer in address) with=address,undefined runtime=libasan.so ;; thread) with=thread runtime=libtsan.so ;; esac
+
+[ -f "$to/build.ninja" ] || meson setup "$to" "$tests/.." -Db_sanitize=$with -Db_lundef=false -Dbuildtype=plain -Ddebug=true \
+    -Doptimization=1 -Dcpp_args="-g1 -fno-sanitize=null,alignment,object-size,vptr" >"$build/$sanitizer.log" ||
+    { cat "$build/$sanitizer.log"; exit 1; }
+targets=(tests/stress/stress tests/stress/killed)
+[ "$sanitizer" = thread ] || targets+=(tests/fault/power-cut tests/regress/regress)
+[ "$amount" = some ] || targets=(all)
+ninja -C "$to" "${targets[@]}" >"$build/$sanitizer.log" || { cat "$build/$sanitizer.log"; exit 1; }
+echo "built after $SECONDS s"
+
+export ASAN_OPTIONS=halt_on_error=1:exitcode=66:detect_stack_use_after_return=1
+export UBSAN_OPTIONS=halt_on_error=1:exitcode=66:print_stacktrace=1
+export TSAN_OPTIONS=halt_on_error=1:exitcode=66:second_deadlock_stack=1
+
+# workloads SHAPE...: as in tests/stress; what only judges them comes from the ordinary build
+workloads() { QLEAN_STRESS=$to/tests/stress "$tests/stress/workloads.sh" "$@"; }
+# suites ARGUMENTS: tests of the build with the sanitizer
+suites() { meson test -C "$to" --no-rebuild --print-errorlogs "$@" </dev/null; }
+
+for shape in "512 16M" "4096 32M" "16384 32M extended_l2=on" "4096 32M cluster_size=4096 snapshot"; do
+    read -r cluster size options snapshot <<<"$shape"
+    for program in stress killed; do
+        # shellcheck disable=SC2086 # an empty snapshot is no argument
+        workloads $program "$cluster" "$size" 1 "${options:-cluster_size=$cluster}" $snapshot
+    done
+done
+if [ "$sanitizer" = address ] && [ "$amount" = some ]; then
+    "$to/tests/regress/regress"
+    "$to/tests/fault/power-cut" 60
+fi
+if [ "$amount" = all ]; then
+    suites --suite unit --suite fault --suite regress --suite stress --timeout-multiplier 10
+    mkdir -p "$to/bin" # nbdkit is not built with the sanitizer, so its runtime has to be there before the plugin
+    nbdkit=$(command -v nbdkit) runtime=$(gcc -print-file-name=$runtime)
+    printf '#!/bin/sh\nLD_PRELOAD=%s exec %s "$@"\n' "$runtime" "$nbdkit" >"$to/bin/nbdkit"
+    chmod +x "$to/bin/nbdkit"
+    export ASAN_OPTIONS=$ASAN_OPTIONS:detect_leaks=0 # nbdkit's own, and Python's
+    QLEAN_TEST_PATH=$to/bin PATH=$to/bin:$PATH suites --suite interop --timeout-multiplier 10
+fi
+echo "$sanitizer: no report, $SECONDS s"
