@@ -189,6 +189,34 @@ TEST_CASE("A freed cluster is not used, punched or cut off while its old entry m
     CHECK(s.cut_everywhere(seed, 30) == "");
 }
 
+TEST_CASE("A freed cluster is free only when its lowered count is durable, in either commit that may lower it") {
+    const bool at_once = GENERATE(true, false); // by the commit that unlinks it, or along with the next one
+    Scene s(full_of_small_ones());
+    s.guest->flush();
+    const auto free = [&] {
+        const auto counts = s.image->state().allocator.counts();
+        return counts.free + counts.punching;
+    };
+    const std::uint64_t before = free();
+    std::vector<std::uint64_t> at_sync; // when each began
+    const int hook = s.disk->add_hook(true, [&](const Request &r) {
+        if (r.op == Op::sync)
+            at_sync.push_back(free());
+    });
+    s.image->trim({0}, 40 * 512);
+    if (!at_once) {
+        s.image->flush();
+        s.image->trim({60 * 512}, 512);
+        s.image->flush(); // lowers what the first one unlinked
+    } else {
+        s.image->give_back();
+    }
+    s.disk->remove_hook(hook);
+    REQUIRE(at_sync.size() >= 3); // two of the commit that unlinks; the third covers the lowered counts
+    CHECK(std::all_of(at_sync.begin(), at_sync.begin() + 3, [&](std::uint64_t n) { return n == before; }));
+    CHECK(free() >= before + 40);
+}
+
 TEST_CASE("A cluster is not reused while a read of its old content is under way") {
     Scene s(full_of_small_ones());
     const Bytes old = read_some(*s.image, 0, 512);
