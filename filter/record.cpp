@@ -35,7 +35,7 @@ void Record::each_block(ClusterRun run, F f) const {
     for (std::uint64_t at = run.first; at < run.end;) {
         const std::uint64_t end = std::min(run.end, ((at >> block_shift) + 1) << block_shift);
         Shard &shard = shard_of(at);
-        const std::lock_guard guard(shard.mutex);
+        const Lock guard(shard.mutex);
         if (!f(shard, ClusterRun{at, end}))
             return;
         at = end;
@@ -94,7 +94,7 @@ void Record::written(ByteRange range) {
     if (entries_.load(std::memory_order_relaxed) == 0)
         return;
     range = geometry_.clip(range);
-    each_block(geometry_.touched(range), [&](Shard &shard, ClusterRun run) {
+    each_block(geometry_.touched(range), [&](Shard &shard, ClusterRun run) WITH_LOCK(shard.mutex) {
         for (auto at = shard.clusters.lower_bound(run.first); at != shard.clusters.end() && at->first < run.end;) {
             const auto here = at++;
             clear_granules(shard, here, range);
@@ -157,7 +157,7 @@ void Record::mark_cluster(Shard &shard, std::uint64_t cluster, ByteRange range, 
 void Record::mark(ByteRange range, bool must_read_zero) noexcept {
     try {
         range = geometry_.clip(range);
-        each_block(geometry_.touched(range), [&](Shard &shard, ClusterRun run) {
+        each_block(geometry_.touched(range), [&](Shard &shard, ClusterRun run) WITH_LOCK(shard.mutex) {
             for (std::uint64_t cluster = run.first; cluster < run.end; cluster++)
                 mark_cluster(shard, cluster, range, must_read_zero);
             return true;
@@ -171,7 +171,7 @@ std::optional<Record::Ready> Record::next_ready(ClusterRun within, std::uint64_t
     std::optional<Ready> found;
     if (entries_.load(std::memory_order_relaxed) == 0)
         return found;
-    each_block(within, [&](Shard &shard, ClusterRun run) {
+    each_block(within, [&](Shard &shard, ClusterRun run) WITH_LOCK(shard.mutex) {
         if (shard.ready_granules == 0)
             return !found;
         for (auto at = shard.clusters.lower_bound(run.first); at != shard.clusters.end() && at->first < run.end; ++at) {
@@ -193,7 +193,7 @@ std::optional<Record::Ready> Record::next_ready(ClusterRun within, std::uint64_t
 Record::Totals Record::totals() const {
     Totals sum;
     for (const Shard &shard : shards_) {
-        const std::lock_guard guard(shard.mutex);
+        const Lock guard(shard.mutex);
         sum.recorded_bytes += shard.marked_granules * geometry_.granule_size();
         sum.ready_bytes += shard.ready_granules * geometry_.granule_size();
     }

@@ -15,10 +15,10 @@
 #include <cstdint>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <optional>
 
 #include "filter/geometry.h"
+#include "lib/thread_safety.h"
 
 namespace qlean {
 
@@ -69,11 +69,11 @@ class Record {
     using Clusters = std::map<std::uint64_t, Marks>;
 
     struct Shard {
-        mutable std::mutex mutex;
-        Clusters clusters; // protected by mutex, as is all below
-        std::uint64_t next_victim = 0;
-        std::uint64_t marked_granules = 0;
-        std::uint64_t ready_granules = 0;
+        mutable Mutex mutex;
+        Clusters clusters PROTECTED_BY(mutex);
+        std::uint64_t next_victim PROTECTED_BY(mutex) = 0;
+        std::uint64_t marked_granules PROTECTED_BY(mutex) = 0;
+        std::uint64_t ready_granules PROTECTED_BY(mutex) = 0;
     };
 
     // Neighbouring clusters share a shard, so that a long range takes few mutexes.
@@ -81,15 +81,15 @@ class Record {
     static constexpr unsigned block_shift = 10;
 
     void mark(ByteRange range, bool must_read_zero) noexcept;
-    void mark_cluster(Shard &shard, std::uint64_t cluster, ByteRange range, bool must_read_zero);
-    void clear_granules(Shard &shard, Clusters::iterator at, ByteRange range);
-    Clusters::iterator erase(Shard &shard, Clusters::iterator at);
-    bool make_room(Shard &shard, std::uint64_t keep);
+    void mark_cluster(Shard &shard, std::uint64_t cluster, ByteRange range, bool must_read_zero) WITH_LOCK(shard.mutex);
+    void clear_granules(Shard &shard, Clusters::iterator at, ByteRange range) WITH_LOCK(shard.mutex);
+    Clusters::iterator erase(Shard &shard, Clusters::iterator at) WITH_LOCK(shard.mutex);
+    bool make_room(Shard &shard, std::uint64_t keep) WITH_LOCK(shard.mutex);
     bool complete(const Clusters::value_type &entry) const;
     std::uint32_t change(Marks &marks, std::uint32_t first, std::uint32_t end, bool set) const;
 
     template <typename F>
-    void each_block(ClusterRun run, F f) const;
+    void each_block(ClusterRun run, F f) const NOT_FOLLOWED; // f's shard is the one that is locked
     Shard &shard_of(std::uint64_t cluster) const { return shards_[(cluster >> block_shift) % shard_count]; }
 
     const Geometry &geometry_;

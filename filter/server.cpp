@@ -88,12 +88,12 @@ bool Server::config(const std::string &key, const char *value) {
 }
 
 void Server::set_default_name(const std::string &name) {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     default_name_ = name;
 }
 
 bool Server::is_default(const std::string &name) {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     return name.empty() || name == default_name_;
 }
 
@@ -116,7 +116,7 @@ std::uint32_t Server::learn_cluster_size(nbdkit_backend *backend, std::uint32_t 
 
 /// The watcher, made at the first call at which the disk can be opened. Null if it can't be.
 Watcher *Server::watcher(nbdkit_context *context) {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     if (watcher_ || unwatched_writer_)
         return watcher_.get();
     nbdkit_backend *backend = nbdkit_context_get_backend(context);

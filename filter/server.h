@@ -9,7 +9,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 
@@ -17,6 +16,7 @@
 
 #include "filter/export.h"
 #include "filter/watcher.h"
+#include "lib/thread_safety.h"
 #include "plugin/maintainers.h"
 
 namespace qlean {
@@ -44,10 +44,11 @@ class Server {
     std::size_t memory_ = 64 << 20;
     plugin::Maintainers maintainers_;
 
-    std::mutex mutex_;
-    std::string default_name_;         // protected by mutex_, as is all below
-    bool unwatched_writer_ = false;    ///< somebody may be changing the disk without the watcher's lock
-    std::unique_ptr<Watcher> watcher_; ///< set once
+    Mutex mutex_;
+    std::string default_name_ PROTECTED_BY(mutex_);
+    /// Somebody may be changing the disk without the watcher's lock.
+    bool unwatched_writer_ PROTECTED_BY(mutex_) = false;
+    std::unique_ptr<Watcher> watcher_ PROTECTED_BY(mutex_); ///< set once
 };
 
 } // namespace qlean

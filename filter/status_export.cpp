@@ -33,7 +33,7 @@ int StatusExport::pread(nbdkit_next *next, void *buffer, std::uint32_t count, st
                         int *err) {
     if (!is_page_)
         return Export::pread(next, buffer, count, offset, flags, err);
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     if ((offset == 0 || page_.empty()) && take_snapshot(next, err) == -1)
         return -1;
     std::memcpy(buffer, page_.data() + offset, count);

@@ -6,10 +6,10 @@
 
 #pragma once
 
-#include <mutex>
 #include <string>
 
 #include "filter/disk_export.h"
+#include "lib/thread_safety.h"
 
 namespace qlean {
 
@@ -25,11 +25,11 @@ class StatusExport : public OtherExport {
               int *err) override;
 
   private:
-    int take_snapshot(nbdkit_next *next, int *err);
+    int take_snapshot(nbdkit_next *next, int *err) WITH_LOCK(mutex_);
 
     bool is_page_ = false; ///< of the size and kind of a status page
-    std::mutex mutex_;
-    std::string page_; ///< protected by mutex_; empty before the first read
+    Mutex mutex_;
+    std::string page_ PROTECTED_BY(mutex_); ///< empty before the first read
 };
 
 } // namespace qlean

@@ -26,7 +26,7 @@ void CompressedClusters::read(GuestCluster c, std::uint64_t word, std::uint64_t 
     const auto kept = find(c, word, !whole);
     if (!kept)
         return decompress(c, word, into);
-    const std::lock_guard guard(kept->mutex);
+    const Lock guard(kept->mutex);
     if (!kept->bytes) {
         auto bytes = std::make_unique_for_overwrite<std::byte[]>(geometry_.cluster_size());
         decompress(c, word, std::span(bytes.get(), geometry_.cluster_size()));
@@ -38,7 +38,7 @@ void CompressedClusters::read(GuestCluster c, std::uint64_t word, std::uint64_t 
 std::shared_ptr<CompressedClusters::Kept> CompressedClusters::find(GuestCluster c, std::uint64_t word, bool make) {
     if (!make && kept_.load(std::memory_order_relaxed) == 0)
         return nullptr;
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     if (const auto found = by_cluster_.find(c.value); found != by_cluster_.end()) {
         if (found->second->second->word == word) {
             order_.splice(order_.begin(), order_, found->second);
@@ -69,7 +69,7 @@ std::shared_ptr<CompressedClusters::Kept> CompressedClusters::find(GuestCluster 
 void CompressedClusters::forget(GuestCluster c) {
     if (kept_.load(std::memory_order_relaxed) == 0)
         return;
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     const auto found = by_cluster_.find(c.value);
     if (found == by_cluster_.end())
         return;

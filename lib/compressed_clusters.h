@@ -12,11 +12,11 @@
 #include "address.h"
 #include "compression.h"
 #include "file.h"
+#include "thread_safety.h"
 
 #include <atomic>
 #include <list>
 #include <memory>
-#include <mutex>
 #include <span>
 #include <unordered_map>
 
@@ -45,8 +45,8 @@ class CompressedClusters {
     /// wait for the one who makes it.
     struct Kept {
         std::uint64_t word;
-        std::mutex mutex;
-        std::unique_ptr<std::byte[]> bytes; // protected by mutex; set once
+        Mutex mutex;
+        std::unique_ptr<std::byte[]> bytes PROTECTED_BY(mutex); // set once
     };
     using Order = std::list<std::pair<GuestCluster, std::shared_ptr<Kept>>>; // most recently used first
 
@@ -56,9 +56,9 @@ class CompressedClusters {
     Geometry geometry_;
     Compression type_;
     File &file_;
-    mutable std::mutex mutex_; // protects what follows; held for no I/O
-    Order order_;
-    std::unordered_map<std::uint64_t, Order::iterator> by_cluster_;
+    mutable Mutex mutex_; // held for no I/O
+    Order order_ PROTECTED_BY(mutex_);
+    std::unordered_map<std::uint64_t, Order::iterator> by_cluster_ PROTECTED_BY(mutex_);
     std::atomic<std::uint64_t> kept_{0}; // as by_cluster_.size(), to pass by quickly where nothing is compressed
     std::atomic<std::uint64_t> decompressed_{0};
 };

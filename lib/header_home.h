@@ -8,8 +8,7 @@
 #include "byte_order.h"
 #include "file.h"
 #include "header.h"
-
-#include <mutex>
+#include "thread_safety.h"
 
 namespace qlean {
 
@@ -38,25 +37,25 @@ class HeaderHome {
 
     /// A copy: the leader may be changing it.
     Header header() const {
-        const std::lock_guard guard(mutex_);
+        const Lock guard(mutex_);
         return header_;
     }
 
     std::uint64_t autoclear() const {
-        const std::lock_guard guard(mutex_);
+        const Lock guard(mutex_);
         return header_.autoclear;
     }
 
     /// The first 512 bytes of the file.
     std::vector<std::byte> sector() const {
-        const std::lock_guard guard(mutex_);
+        const Lock guard(mutex_);
         return sector_;
     }
 
     /// Applies `change` to the header and writes it; if writing fails, the header is as it was.
     template <class F>
     void update(F &&change) {
-        const std::lock_guard guard(mutex_);
+        const Lock guard(mutex_);
         Header changed = header_;
         change(changed);
         auto sector = sector_;
@@ -69,7 +68,7 @@ class HeaderHome {
     /// Writes a big-endian word into the data of an extension that the header has, at byte `within` (a multiple of 8:
     /// extensions are aligned, so it lies in one sector); if writing fails, the header is as it was.
     void set_extension_word(std::uint32_t type, std::uint64_t within, std::uint64_t value) {
-        const std::lock_guard guard(mutex_);
+        const Lock guard(mutex_);
         for (HeaderExtension &e : header_.extensions)
             if (e.type == type) {
                 const std::uint64_t word = big_endian(value);
@@ -81,9 +80,9 @@ class HeaderHome {
 
   private:
     File &file_;
-    mutable std::mutex mutex_;
-    Header header_;
-    std::vector<std::byte> sector_;
+    mutable Mutex mutex_;
+    Header header_ PROTECTED_BY(mutex_);
+    std::vector<std::byte> sector_ PROTECTED_BY(mutex_);
 };
 
 } // namespace qlean

@@ -124,18 +124,22 @@ void Image::give_back() {
 }
 
 void Image::start_housekeeping() {
-    house_stops_ = false;
+    {
+        const Lock guard(house_mutex_);
+        house_stops_ = false;
+    }
     if (!state_.read_only)
         house_ = std::thread([this] { keep_house(); });
 }
 
 void Image::keep_house() {
     const AtWork working;
-    std::unique_lock guard(house_mutex_);
+    Lock guard(house_mutex_);
     while (!house_stops_) {
         const auto deadline = std::chrono::steady_clock::now() + commit_interval;
-        house_wakes_.wait_until(
-            guard, deadline, [&] { return house_stops_ || state_.allocator.retired_bytes() > max_unreturned_bytes; });
+        while (!house_stops_ && state_.allocator.retired_bytes() <= max_unreturned_bytes)
+            if (guard.wait_until(house_wakes_, deadline) == std::cv_status::timeout)
+                break;
         if (house_stops_)
             return;
         guard.unlock();
@@ -185,7 +189,7 @@ bool Image::store_bitmaps() {
 
 void Image::stop_housekeeping() {
     {
-        const std::lock_guard guard(house_mutex_);
+        const Lock guard(house_mutex_);
         house_stops_ = true;
     }
     house_wakes_.notify_all();

@@ -12,8 +12,8 @@
 #include "secret.h"
 #include "state.h"
 #include "subclusters.h"
+#include "thread_safety.h"
 
-#include <condition_variable>
 #include <functional>
 #include <memory>
 #include <span>
@@ -161,9 +161,9 @@ class Image {
     std::function<void(const std::exception &)> report_;
     std::function<void()> poison_;
 
-    std::mutex house_mutex_;
+    Mutex house_mutex_;
     std::condition_variable house_wakes_;
-    bool house_stops_ = false;
+    bool house_stops_ PROTECTED_BY(house_mutex_) = false;
     std::thread house_;
 };
 

@@ -49,45 +49,45 @@ void L1Table::set(std::uint64_t i, std::uint64_t word) {
 
 void L1Table::link_new(std::uint64_t i, HostOffset table) {
     // In one step: a leader that finds the table among the new ones finds its address too.
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     new_.insert(i);
     set(i, entry::data(table));
 }
 
 void L1Table::relink(std::uint64_t i, HostOffset table) {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     new_.erase(i);
     set(i, entry::data(table));
 }
 
 void L1Table::relink_shared(std::uint64_t i, HostOffset table) {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     set(i, table.value);
 }
 
 void L1Table::set_copied(std::uint64_t i) {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     set(i, word(i) | entry::copied);
 }
 
 void L1Table::unlink(std::uint64_t i) {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     new_.erase(i);
     set(i, 0);
 }
 
 bool L1Table::is_new(std::uint64_t i) const {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     return new_.contains(i);
 }
 
 std::vector<std::uint64_t> L1Table::new_tables() const {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     return {new_.begin(), new_.end()};
 }
 
 void L1Table::written(std::uint64_t i) {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     new_.erase(i);
 }
 
@@ -95,7 +95,7 @@ std::vector<L1Table::DirtyRun> L1Table::take_dirty() {
     std::vector<DirtyRun> runs;
     if (!dirty())
         return runs;
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     for (std::uint64_t sector = 0; sector < dirty_.size(); ++sector) {
         if (!dirty_[sector])
             continue;
@@ -111,7 +111,7 @@ std::vector<L1Table::DirtyRun> L1Table::take_dirty() {
 }
 
 void L1Table::put_back(const std::vector<DirtyRun> &runs) {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     for (const auto &run : runs)
         for (std::uint64_t s = 0; s < divide_up(run.words.size(), sector_words); ++s)
             if (!dirty_[run.first_sector + s]) {

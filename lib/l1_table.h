@@ -12,10 +12,10 @@
 #include "l2_entry.h"
 #include "metadata_guard.h"
 #include "rw_lock.h"
+#include "thread_safety.h"
 
 #include <atomic>
 #include <memory>
-#include <mutex>
 #include <unordered_set>
 #include <vector>
 
@@ -78,7 +78,7 @@ class L1Table {
         RwLock lock;
     };
 
-    void set(std::uint64_t i, std::uint64_t word); // with mutex_ held
+    void set(std::uint64_t i, std::uint64_t word) WITH_LOCK(mutex_);
 
     std::uint64_t size_;
     std::unique_ptr<std::atomic<std::uint64_t>[]> entries_; // host byte order
@@ -87,9 +87,9 @@ class L1Table {
     MetadataGuard *guard_ = nullptr;
     std::uint64_t table_bytes_ = 0; ///< of an L2 table
 
-    mutable std::mutex mutex_; // protects dirty_ and new_
-    std::vector<bool> dirty_;  // per sector
-    std::unordered_set<std::uint64_t> new_;
+    mutable Mutex mutex_;
+    std::vector<bool> dirty_ PROTECTED_BY(mutex_); // per sector
+    std::unordered_set<std::uint64_t> new_ PROTECTED_BY(mutex_);
     std::atomic<std::uint64_t> dirty_count_{0};
 };
 

@@ -9,7 +9,7 @@
 namespace qlean {
 
 void PendingWords::store(HostOffset at, std::uint64_t word) {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     words_[at] = {word, syncs_.needs(), ++stamp_};
     count_.store(words_.size(), std::memory_order_release);
 }
@@ -18,7 +18,7 @@ void PendingWords::read(HostOffset at, std::span<std::uint64_t> out) {
     // Asked before the file is read: what is no longer pending by then has reached the file.
     std::vector<std::pair<std::size_t, std::uint64_t>> newer;
     if (any()) {
-        const std::lock_guard guard(mutex_);
+        const Lock guard(mutex_);
         const HostOffset end = at + out.size() * 8;
         for (auto it = words_.lower_bound(at); it != words_.end() && it->first < end; ++it)
             newer.emplace_back((it->first - at) / 8, it->second.word);
@@ -33,7 +33,7 @@ void PendingWords::read(HostOffset at, std::span<std::uint64_t> out) {
 bool PendingWords::any_in(HostOffset at, std::uint64_t length) const {
     if (!any())
         return false;
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     const auto first = words_.lower_bound(at);
     return first != words_.end() && first->first < at + length;
 }
@@ -42,7 +42,7 @@ std::vector<PendingWords::Copy> PendingWords::take() const {
     std::vector<Copy> copies;
     if (!any())
         return copies;
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     for (const auto &[at, word] : words_)
         copies.push_back({at, word.word, word.needs, word.stamp});
     return copies;
@@ -67,7 +67,7 @@ bool PendingWords::write(const std::vector<Copy> &copies) {
 void PendingWords::done(const std::vector<Copy> &copies) {
     if (copies.empty())
         return;
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     for (const Copy &copy : copies)
         if (const auto found = words_.find(copy.at); found != words_.end() && found->second.stamp == copy.stamp)
             words_.erase(found);

@@ -12,10 +12,10 @@
 
 #include "address.h"
 #include "file.h"
+#include "thread_safety.h"
 
 #include <atomic>
 #include <map>
-#include <mutex>
 #include <span>
 #include <vector>
 
@@ -53,9 +53,9 @@ class PendingWords {
 
     File &file_;
     const SyncLog &syncs_;
-    mutable std::mutex mutex_;
-    std::map<HostOffset, Word> words_; // protected by mutex_
-    std::uint64_t stamp_ = 0;          // protected by mutex_
+    mutable Mutex mutex_;
+    std::map<HostOffset, Word> words_ PROTECTED_BY(mutex_);
+    std::uint64_t stamp_ PROTECTED_BY(mutex_) = 0;
     std::atomic<std::uint64_t> count_{0};
 };
 

@@ -3,9 +3,9 @@
 #include "sector_cipher.h"
 
 #include "error.h"
+#include "thread_safety.h"
 
 #include <array>
-#include <mutex>
 #include <openssl/evp.h>
 #include <optional>
 #include <vector>
@@ -52,7 +52,7 @@ class Pool {
     void with(F &&f) {
         Context context;
         {
-            const std::lock_guard guard(mutex_);
+            const Lock guard(mutex_);
             if (!free_.empty()) {
                 context = std::move(free_.back());
                 free_.pop_back();
@@ -61,7 +61,7 @@ class Pool {
         if (!context)
             context = make_context(cipher_, key_, direction_);
         f(context.get());
-        const std::lock_guard guard(mutex_);
+        const Lock guard(mutex_);
         free_.push_back(std::move(context));
     }
 
@@ -69,8 +69,8 @@ class Pool {
     const EVP_CIPHER *cipher_;
     const Secret key_;
     const Direction direction_;
-    std::mutex mutex_;
-    std::vector<Context> free_;
+    Mutex mutex_;
+    std::vector<Context> free_ PROTECTED_BY(mutex_);
 };
 
 Secret copy_of(const Secret &secret) {

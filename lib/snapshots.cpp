@@ -104,7 +104,7 @@ Snapshots::Snapshots(const Geometry &geometry, File &file, const SyncLog &syncs,
 }
 
 Snapshots::Loaded Snapshots::loaded() const {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     Loaded loaded{{}, home_, bytes_};
     for (const Listed &listed : listed_) {
         loaded.list.push_back(listed.snapshot);
@@ -114,7 +114,7 @@ Snapshots::Loaded Snapshots::loaded() const {
 }
 
 std::vector<SnapshotPointer> Snapshots::list() const {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     std::vector<SnapshotPointer> all;
     for (const Listed &listed : listed_)
         all.push_back(listed.snapshot);
@@ -122,7 +122,7 @@ std::vector<SnapshotPointer> Snapshots::list() const {
 }
 
 HostRun Snapshots::table_run() const {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     return {geometry_.cluster_of(home_), geometry_.clusters_for(bytes_)};
 }
 
@@ -160,7 +160,6 @@ void Snapshots::read(const Snapshot &snapshot, GuestCluster first, std::span<std
 
 // --- who uses which -----------------------------------------------------------------------------------------------
 
-/// With mutex_ held.
 std::vector<Snapshots::Listed>::iterator Snapshots::position(const std::string &name_or_id) {
     const auto by_name = std::find_if(listed_.begin(), listed_.end(), [&](const Listed &listed) {
         return listed.snapshot->entry().name == name_or_id;
@@ -172,7 +171,7 @@ std::vector<Snapshots::Listed>::iterator Snapshots::position(const std::string &
 }
 
 std::optional<Snapshots::Use> Snapshots::use(const std::string &name_or_id) {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     const auto found = position(name_or_id);
     if (found == listed_.end() || found->closed)
         return std::nullopt;
@@ -183,14 +182,14 @@ std::optional<Snapshots::Use> Snapshots::use(const std::string &name_or_id) {
 Snapshots::Use::~Use() {
     if (owner_ == nullptr)
         return;
-    const std::lock_guard guard(owner_->mutex_);
+    const Lock guard(owner_->mutex_);
     for (Listed &listed : owner_->listed_)
         if (listed.snapshot == snapshot_)
             --listed.users;
 }
 
 SnapshotPointer Snapshots::find(const std::string &name_or_id) const {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     const auto found = const_cast<Snapshots *>(this)->position(name_or_id);
     return found == listed_.end() ? nullptr : found->snapshot;
 }
@@ -198,7 +197,7 @@ SnapshotPointer Snapshots::find(const std::string &name_or_id) const {
 // --- deleting and moving ------------------------------------------------------------------------------------------
 
 bool Snapshots::close_for_use(const SnapshotPointer &snapshot) {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     for (Listed &listed : listed_)
         if (listed.snapshot == snapshot && listed.users == 0) {
             listed.closed = true;
@@ -208,7 +207,7 @@ bool Snapshots::close_for_use(const SnapshotPointer &snapshot) {
 }
 
 void Snapshots::reopen_for_use(const SnapshotPointer &snapshot) {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     for (Listed &listed : listed_)
         if (listed.snapshot == snapshot)
             listed.closed = false;
@@ -226,7 +225,7 @@ SnapshotTable Snapshots::table_without(const Snapshot *gone) const {
 }
 
 void Snapshots::moved(HostOffset home, std::uint64_t bytes, const Snapshot *gone) {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     home_ = home;
     bytes_ = bytes;
     std::erase_if(listed_, [&](const Listed &listed) { return listed.snapshot.get() == gone; });

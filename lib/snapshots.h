@@ -22,10 +22,10 @@
 #include "pending_words.h"
 #include "rw_lock.h"
 #include "snapshot_table.h"
+#include "thread_safety.h"
 
 #include <atomic>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -130,16 +130,16 @@ class Snapshots {
         unsigned users = 0;
         bool closed = false;
     };
-    std::vector<Listed>::iterator position(const std::string &name_or_id);
+    std::vector<Listed>::iterator position(const std::string &name_or_id) WITH_LOCK(mutex_);
 
     Geometry geometry_;
     L1Table &l1_;
     std::atomic<bool> any_;
     RwLock lock_;
-    mutable std::mutex mutex_; // protects what follows
-    std::vector<Listed> listed_;
-    HostOffset home_;
-    std::uint64_t bytes_;
+    mutable Mutex mutex_;
+    std::vector<Listed> listed_ PROTECTED_BY(mutex_);
+    HostOffset home_ PROTECTED_BY(mutex_);
+    std::uint64_t bytes_ PROTECTED_BY(mutex_);
 };
 
 } // namespace qlean

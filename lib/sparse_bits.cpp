@@ -16,7 +16,7 @@ template <class T>
 T *SparseBits::make(std::atomic<T *> &at) {
     if (T *there = at.load(std::memory_order_acquire))
         return there;
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     if (T *there = at.load(std::memory_order_acquire))
         return there;
     made_.emplace_back(std::calloc(1, sizeof(T)));

@@ -5,11 +5,12 @@
 // touched. No lock for readers, nor for setting and clearing.
 #pragma once
 
+#include "thread_safety.h"
+
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 namespace qlean {
@@ -57,8 +58,8 @@ class SparseBits {
     // All of it begins as zeroes, which cost no memory until they are written: what could be there hardly matters.
     std::uint64_t branch_count_;
     std::unique_ptr<std::atomic<Branch *>[]> branches_;
-    std::mutex mutex_; // making a branch or a chunk
-    std::vector<std::unique_ptr<void, Free>> made_;
+    Mutex mutex_; // making a branch or a chunk
+    std::vector<std::unique_ptr<void, Free>> made_ PROTECTED_BY(mutex_);
 };
 
 } // namespace qlean

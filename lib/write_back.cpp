@@ -89,7 +89,7 @@ void WriteBack::write_refcounts_as_leader() {
 // --- leading ------------------------------------------------------------------------------------------------------
 
 void WriteBack::commit(Give give) {
-    std::unique_lock guard(mutex_);
+    Lock guard(mutex_);
     // A round that has started may have copied before this caller's writes returned: the next one counts.
     const std::uint64_t target = started_ + 1;
     for (;;) {
@@ -100,7 +100,7 @@ void WriteBack::commit(Give give) {
         if (give == Give::back)
             give_back_next_ = true;
         if (leading_) {
-            led_.wait(guard);
+            guard.wait(led_);
             continue;
         }
         leading_ = true;
@@ -127,22 +127,22 @@ void WriteBack::commit(Give give) {
 }
 
 void WriteBack::lead(const std::function<void()> &task) {
-    std::unique_lock guard(mutex_);
-    led_.wait(guard, [&] { return !leading_; });
+    Lock guard(mutex_);
+    while (leading_)
+        guard.wait(led_);
     leading_ = true;
     guard.unlock();
-    const auto done = [&] {
-        guard.lock();
-        leading_ = false;
-        led_.notify_all();
-    };
+    std::exception_ptr failure;
     try {
         task();
     } catch (...) {
-        done();
-        throw;
+        failure = std::current_exception();
     }
-    done();
+    guard.lock();
+    leading_ = false;
+    led_.notify_all();
+    if (failure)
+        std::rethrow_exception(failure);
 }
 
 void WriteBack::commit_as_leader(Give give) { run(give); }

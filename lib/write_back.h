@@ -19,10 +19,9 @@
 #include "l2_cache.h"
 #include "refcounts.h"
 #include "snapshots.h"
+#include "thread_safety.h"
 
-#include <condition_variable>
 #include <functional>
-#include <mutex>
 
 namespace qlean {
 
@@ -111,15 +110,15 @@ class WriteBack {
     Refcounts &refcounts_;
     Allocator &allocator_;
 
-    std::mutex mutex_;
+    Mutex mutex_;
     std::condition_variable led_;
-    bool leading_ = false;
-    bool give_back_next_ = false;
-    std::uint64_t started_ = 0;
-    std::uint64_t succeeded_ = 0; ///< newest round that succeeded
-    std::uint64_t gave_back_ = 0; ///< newest round that succeeded and gave back
+    bool leading_ PROTECTED_BY(mutex_) = false;
+    bool give_back_next_ PROTECTED_BY(mutex_) = false;
+    std::uint64_t started_ PROTECTED_BY(mutex_) = 0;
+    std::uint64_t succeeded_ PROTECTED_BY(mutex_) = 0; ///< newest round that succeeded
+    std::uint64_t gave_back_ PROTECTED_BY(mutex_) = 0; ///< newest round that succeeded and gave back
     std::atomic<std::uint64_t> completed_{0};
-    std::exception_ptr failure_; ///< of round completed_, if it failed
+    std::exception_ptr failure_ PROTECTED_BY(mutex_); ///< of round completed_, if it failed
     std::atomic<double> last_ms_{0};
 
     // Leader only.

@@ -6,8 +6,8 @@
 #pragma once
 
 #include "lib/error.h"
+#include "lib/thread_safety.h"
 
-#include <mutex>
 #include <optional>
 #include <string>
 
@@ -16,17 +16,17 @@ namespace qlean::plugin {
 class LastError {
   public:
     void set(std::string text) {
-        const std::lock_guard guard(mutex_);
+        const Lock guard(mutex_);
         text_ = std::move(text);
     }
     std::optional<std::string> get() const {
-        const std::lock_guard guard(mutex_);
+        const Lock guard(mutex_);
         return text_;
     }
 
   private:
-    mutable std::mutex mutex_;
-    std::optional<std::string> text_;
+    mutable Mutex mutex_;
+    std::optional<std::string> text_ PROTECTED_BY(mutex_);
 };
 
 LastError &last_error();

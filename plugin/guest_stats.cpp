@@ -60,7 +60,7 @@ GuestStats::Totals GuestStats::totals() const {
 GuestStats::Totals GuestStats::recent() {
     const auto now = std::chrono::steady_clock::now();
     const Totals current = totals();
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     if (now - last_call_ >= std::chrono::seconds(1)) {
         before_ = at_last_call_;
         at_last_call_ = current;

@@ -5,11 +5,12 @@
 // line; read together for the status page.
 #pragma once
 
+#include "lib/thread_safety.h"
+
 #include <array>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <mutex>
 
 namespace qlean::plugin {
 
@@ -55,9 +56,9 @@ class GuestStats {
     };
     std::array<Shard, shard_count> shards_;
 
-    std::mutex mutex_;
-    Totals before_, at_last_call_;
-    std::chrono::steady_clock::time_point last_call_{};
+    Mutex mutex_;
+    Totals before_ PROTECTED_BY(mutex_), at_last_call_ PROTECTED_BY(mutex_);
+    std::chrono::steady_clock::time_point last_call_ PROTECTED_BY(mutex_){};
 };
 
 } // namespace qlean::plugin

@@ -6,8 +6,7 @@
 #pragma once
 
 #include "exports.h"
-
-#include <mutex>
+#include "lib/thread_safety.h"
 
 namespace qlean::plugin {
 
@@ -26,7 +25,7 @@ class PageExport : public Export {
     Abilities abilities() const override { return {}; }
     bool survives_resize() const override { return true; }
     void read(std::span<std::byte> into, std::uint64_t at) final {
-        const std::lock_guard guard(mutex_);
+        const Lock guard(mutex_);
         if (at == 0 || page_.empty())
             page_ = make();
         std::memcpy(into.data(), page_.data() + at, into.size());
@@ -39,13 +38,13 @@ class PageExport : public Export {
     /// What reads show from now on; make() is not running meanwhile.
     template <class F>
     void remake(F &&f) {
-        const std::lock_guard guard(mutex_);
+        const Lock guard(mutex_);
         page_ = f();
     }
 
   private:
-    std::mutex mutex_;
-    std::string page_;
+    Mutex mutex_;
+    std::string page_ PROTECTED_BY(mutex_);
 };
 
 } // namespace qlean::plugin

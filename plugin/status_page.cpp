@@ -4,6 +4,7 @@
 
 #include "guard.h"
 #include "lib/posix_file.h"
+#include "lib/thread_safety.h"
 #include "nbdkit.h"
 #include "page_export.h"
 
@@ -18,11 +19,11 @@ using json = nlohmann::ordered_json;
 
 /// The last walk of the image, and what it cost.
 struct Measured {
-    std::mutex walking; ///< held over a walk, and outside the other
-    std::mutex mutex;   ///< protects what follows
-    std::optional<Survey> survey;
-    std::chrono::steady_clock::time_point at{};
-    std::chrono::steady_clock::duration took{};
+    Mutex walking; ///< held over a walk, and outside the other
+    Mutex mutex;
+    std::optional<Survey> survey PROTECTED_BY(mutex);
+    std::chrono::steady_clock::time_point at PROTECTED_BY(mutex){};
+    std::chrono::steady_clock::duration took PROTECTED_BY(mutex){};
 };
 
 Measured &measured() {
@@ -44,17 +45,17 @@ json traffic(const GuestStats::Totals &totals, GuestStats::Kind kind) {
 void measure_status(Server &server) {
     Measured &m = measured();
     const auto recent = [&m](std::chrono::steady_clock::time_point now) {
-        const std::lock_guard guard(m.mutex);
+        const Lock guard(m.mutex);
         return m.survey && now - m.at < m.took * rest_factor;
     };
     // Whoever finds another at it waits: an opened page is to be true, a page that is open already is not held up.
-    const std::lock_guard walking(m.walking);
+    const Lock walking(m.walking);
     const auto began = std::chrono::steady_clock::now();
     if (recent(began))
         return;
     try {
         const Survey survey = survey_image(server.image->state(), [&] { return server.gate.closing(); });
-        const std::lock_guard guard(m.mutex);
+        const Lock guard(m.mutex);
         m.survey = survey;
         m.at = std::chrono::steady_clock::now();
         m.took = m.at - began;
@@ -90,8 +91,8 @@ std::string make_status_page(Server &server) {
                              {"length", state.data.length()},
                              {"allocated", state.data.allocated()}};
     {
-        const Measured &m = measured();
-        const std::lock_guard guard(measured().mutex);
+        Measured &m = measured();
+        const Lock guard(m.mutex);
         if (m.survey) {
             const auto pinned = server.gauges.pinned.load();
             const std::uint64_t data = m.survey->data + m.survey->packs;
