@@ -3,6 +3,7 @@
 #include "snapshot_delete.h"
 
 #include "../adjacent.h"
+#include "../byte_order.h"
 #include "snapshot_moves.h"
 
 namespace qlean {
@@ -127,10 +128,52 @@ void SnapshotDelete::retire_references(const StopCheck &stop) {
     retire();
 }
 
+namespace {
+
+using Owned = std::pair<GuestCluster, HostCluster>; ///< an entry, and what it alone refers to
+
+/// Of entries in a table that the cache has slices of.
+void set_flags(State &state, const std::vector<Owned> &owned) {
+    for (const auto &[c, host] : owned) {
+        const RangeLock::Exclusive guard(state.ranges, state.geometry.offset_of(c), 1);
+        Mapper::Editor editor(state.mapper, c, 1);
+        const Mapping m = editor.peek(c);
+        if (!m.has_host() || m.copied || m.host != host)
+            continue;
+        L2Words words = editor.words(c);
+        words.entry |= entry::copied;
+        editor.set_words(c, words);
+    }
+}
+
+/// Of entries so far beyond the end of the disk (the VM state that QEMU's loadvm leaves there) that no slice has them.
+/// Nobody else changes these, and as the leader nobody moves their table.
+void set_flags_beyond(State &state, const std::vector<Owned> &owned) {
+    if (owned.empty())
+        return;
+    const Geometry &g = state.geometry;
+    state.write_back.lead([&] {
+        state.write_back.write_refcounts_as_leader();
+        state.write_back.sync_as_leader(); // a flag never before the count that it speaks of
+        for (const Owned &entry_of : owned) {
+            const GuestCluster c = entry_of.first;
+            const HostOffset at = state.l1.table(g.l1_index(c)) + g.l2_index(c) * g.entry_words() * 8;
+            std::uint64_t word = 0;
+            const std::span bytes = std::as_writable_bytes(std::span(&word, 1));
+            state.file.read(bytes, at);
+            word |= big_endian(entry::copied);
+            state.file.write(bytes, at);
+        }
+    });
+}
+
+} // namespace
+
 void set_copied_flags(State &state, const StopCheck &stop) {
     const Geometry &g = state.geometry;
+    const std::uint64_t cached_slices = L2Cache::slice_count(g);
     std::vector<Mapping> mappings;
-    std::vector<std::pair<GuestCluster, HostCluster>> candidates, ours;
+    std::vector<Owned> candidates, ours, beyond;
     for (std::uint64_t i = 0; i < state.l1.size(); ++i) {
         const std::uint64_t word = state.l1.word(i);
         if (word == 0)
@@ -138,7 +181,7 @@ void set_copied_flags(State &state, const StopCheck &stop) {
         require_going(stop);
         candidates.clear();
         const std::uint64_t first = i * g.l2_entries();
-        const std::uint64_t end = std::min(first + g.l2_entries(), g.guest_clusters());
+        const std::uint64_t end = first + g.l2_entries();
         for (std::uint64_t at = first; at < end; at += mappings.size()) {
             mappings.resize(std::min(batch, end - at));
             state.mapper.survey({at}, mappings);
@@ -151,6 +194,7 @@ void set_copied_flags(State &state, const StopCheck &stop) {
         // The count of what an entry refers to only falls, so what is one now stays one as long as the entry is the
         // same.
         ours.clear();
+        beyond.clear();
         bool own_table = word & entry::copied;
         state.write_back.lead([&] {
             // Whatever an entry has been seen to refer to by now has all its counts.
@@ -159,7 +203,7 @@ void set_copied_flags(State &state, const StopCheck &stop) {
                 own_table = state.refcounts.get(g.cluster_of(entry::table(word))) == 1;
             for (const auto &candidate : candidates)
                 if (own_table && state.refcounts.get(candidate.second) == 1)
-                    ours.push_back(candidate);
+                    (state.l2.slice_of(candidate.first) < cached_slices ? ours : beyond).push_back(candidate);
         });
         if (!own_table)
             continue; // shared, and so is all that it refers to
@@ -169,16 +213,8 @@ void set_copied_flags(State &state, const StopCheck &stop) {
                 continue; // it is the guest's own by now
             state.l1.set_copied(i);
         }
-        for (const auto &[c, host] : ours) {
-            const RangeLock::Exclusive guard(state.ranges, g.offset_of(c), 1);
-            Mapper::Editor editor(state.mapper, c, 1);
-            const Mapping m = editor.peek(c);
-            if (!m.has_host() || m.copied || m.host != host)
-                continue;
-            L2Words words = editor.words(c);
-            words.entry |= entry::copied;
-            editor.set_words(c, words);
-        }
+        set_flags(state, ours);
+        set_flags_beyond(state, beyond);
         if (state.l2.dirty_bytes() > max_dirty_bytes)
             state.write_back.commit(WriteBack::Give::later);
     }

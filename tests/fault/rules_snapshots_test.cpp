@@ -153,6 +153,33 @@ TEST_CASE("COPIED flags that a crash left clear are set by compaction, in L1 and
     CHECK((!qemu.available || qemu.status == 0));
 }
 
+// As QEMU's loadvm leaves it: the VM state of the snapshot is mapped in the active image as well.
+TEST_CASE("COPIED flags of what is mapped beyond the end of the disk are set when the snapshot that had it goes") {
+    ImagePlan plan;
+    plan.virtual_size = 4 * 64 * cluster;
+    for (const std::uint64_t c : {3, 69, 70, 100, 200})
+        plan.data[c] = 10 + c;
+    BuiltImage built = build_image(plan);
+    built.set_word(24, 70 * cluster);
+    Scene s(with_snapshot(built.bytes, "a"));
+    erase(s, "a");
+    s.image->close();
+    const Bytes now = s.disk->bytes();
+    INFO(judge(now).text());
+    CHECK(judge(now).clean());
+    const std::uint64_t l1 = load_be<std::uint64_t>(now, 40);
+    for (const auto &[guest, host] : plan.data) {
+        const std::uint64_t l1_word = load_be<std::uint64_t>(now, l1 + guest / 64 * 8);
+        INFO(guest);
+        CHECK((l1_word & copied) != 0);
+        const std::uint64_t word = load_be<std::uint64_t>(now, (l1_word & entry::offset_mask) + guest % 64 * 8);
+        CHECK((word & copied) != 0);
+    }
+    const QemuVerdict qemu = ask_qemu(now);
+    INFO(qemu.output);
+    CHECK((!qemu.available || qemu.status == 0));
+}
+
 TEST_CASE("COPIED flags that could not be set by one FLUSH are set by the next") {
     ImagePlan plan = metadata_last();
     BuiltImage built = build_image(plan);
