@@ -46,6 +46,16 @@ class Errors(Case):
         result = self.run_qlean("compact", "--no-zeroes", server.socket, code=SERVER_GONE)
         self.assert_one_sentence(result.stderr, "shutting down")
 
+    def test_page_nested_too_deeply_to_print(self):
+        page = os.path.join(self.dir, "page")
+        with open(page, "w") as f:
+            f.write('{"a":' * 200000 + "1" + "}" * 200000)
+        for command in ("status --json", "check --json", "snapshot list --json"):
+            result = subprocess.run(["nbdkit", "-U", "-", "file", page, "--run", f'{QLEAN} {command} "$uri"'],
+                                    capture_output=True, text=True, timeout=60)
+            self.assertEqual(result.returncode, ERROR, command)
+            self.assert_one_sentence(result.stderr, "nested too deeply")
+
     def test_server_vanishes(self):
         server = self.server("size=256M", "todo=compact:0+128M", "die-after=5")
         summary = self.run_json("compact", "--no-zeroes", server.socket, code=SERVER_GONE)
