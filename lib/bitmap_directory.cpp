@@ -111,6 +111,19 @@ std::vector<BitmapEntry> parse_bitmap_directory(std::span<const std::byte> bytes
     return entries;
 }
 
+void require_trackable(const BitmapDirectory &directory, const Geometry &geometry, const std::string &file) {
+    constexpr std::uint64_t most = std::uint64_t{2} << 30;
+    std::uint64_t bytes = 0;
+    for (const BitmapEntry &e : directory.entries)
+        if (e.tracked())
+            bytes += divide_up(e.bits(geometry.virtual_size()), 8);
+    if (bytes > most)
+        throw Error(Error::Kind::unsupported, ENOTSUP,
+                    fmt::format("'{}' has enabled bitmaps of {} MiB, and no more than {} MiB can be kept up to date; "
+                                "disable some with 'qemu-img bitmap --disable', or open it read-only",
+                                file, bytes >> 20, most >> 20));
+}
+
 BitmapWord BitmapWord::decode(std::uint64_t word, const Geometry &geometry) {
     const std::uint64_t offset = word & word_offset;
     if ((word & ~(word_ones | word_offset)) != 0 || offset % geometry.cluster_size() != 0 ||

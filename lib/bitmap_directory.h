@@ -71,6 +71,10 @@ struct BitmapDirectory {
     std::vector<BitmapEntry> entries;
 };
 
+/// A bit in memory for each bit of the bitmaps that are kept up to date: throws Error naming `file` if that is more
+/// than 2 GiB, which a guest could fill.
+void require_trackable(const BitmapDirectory &directory, const Geometry &geometry, const std::string &file);
+
 /// What a word of a bitmap table says of one cluster of bits.
 struct BitmapWord {
     enum class Kind : std::uint8_t { zeroes, ones, stored, damaged };

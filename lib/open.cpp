@@ -19,6 +19,9 @@ namespace {
 
 /// A crash may leave refcounts for clusters that the file did not get; more than this many are damage.
 constexpr std::uint64_t max_clusters_beyond_end = std::uint64_t{1} << 26;
+/// Of each cluster of the file a few bits are kept in memory, and a file with holes can claim any length. It is as many
+/// as can be checked: 128 TiB of clusters of 64 KiB.
+constexpr std::uint64_t max_clusters = std::uint64_t{1} << 31;
 
 std::vector<std::uint64_t> read_words(File &file, HostOffset at, std::uint64_t count) {
     std::vector<std::uint64_t> words(count);
@@ -149,6 +152,10 @@ std::unique_ptr<Image> Image::open(std::unique_ptr<File> file, const Options &op
     judge_marks(*file, header, options, repaired);
     const Geometry geometry = header.geometry();
     const std::uint64_t length = file->length();
+    if (geometry.clusters_for(length) >= max_clusters)
+        throw Error(Error::Kind::unsupported, EFBIG,
+                    fmt::format("'{}' has {} bytes, too many for clusters of {} bytes; copy it with 'qemu-img convert'",
+                                file->name(), length, geometry.cluster_size()));
 
     require_inside(*file, header.l1_offset, std::uint64_t{header.l1_size} * 8, length, "L1 table");
     auto l1 = read_words(*file, header.l1_offset, header.l1_size);
@@ -181,6 +188,8 @@ std::unique_ptr<Image> Image::open(std::unique_ptr<File> file, const Options &op
                     : std::make_unique<EncryptedFile>(*file, std::move(luks->cipher));
     const std::uint64_t end = std::max(file_end, counted_end);
     auto bitmaps = Bitmaps::read(*file, header, end);
+    if (bitmaps && !options.read_only)
+        require_trackable(*bitmaps, geometry, file->name());
     auto backing = open_backing(header, *file, options.above, options.cache_bytes / 2, options.passphrase);
     // Those of an image below are of no use to anybody, and their tables may be large.
     Snapshots::Loaded snapshots =

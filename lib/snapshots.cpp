@@ -86,6 +86,10 @@ Snapshots::Loaded Snapshots::load(File &file, const Header &header, std::uint64_
                         fmt::format("'{}' cannot be opened: the L1 tables of its snapshots are larger than {} MiB in "
                                     "all; delete some with 'qemu-img snapshot -d'",
                                     file.name(), max_all_l1_bytes >> 20));
+        if (l1_bytes > length) // or some would have to lie on top of others
+            throw_bad_image("'{}' is damaged: the L1 tables of its snapshots are larger than the file; see 'qemu-img "
+                            "check'",
+                            file.name());
         if (entry.l1_size != 0 && !homes.insert(entry.l1_offset).second)
             throw_bad_image(
                 "'{}' is damaged: the L1 table of snapshot '{}' at {:#x} is used twice; see 'qemu-img check'",

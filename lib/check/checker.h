@@ -70,7 +70,7 @@ class Checker {
     void join_tables();
     void count_snapshots();
     void count_bitmaps();
-    void count_bitmap_table(HostOffset at, std::uint64_t entries);
+    std::uint64_t count_bitmap_table(HostOffset at, std::uint64_t entries);
     void count_table(const Table &table);
     Type type_of(std::uint64_t word) const;
     void count_entry(const Table &table, std::uint64_t n, L2Words words, std::uint64_t &expected);

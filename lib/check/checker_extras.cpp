@@ -17,6 +17,7 @@ constexpr std::uint64_t wanted_extra_bytes = 16;
 constexpr std::uint64_t max_bitmaps = 65535;
 constexpr std::uint64_t bitmap_fixed_bytes = 24;
 constexpr std::uint64_t max_bitmap_name = 1023;
+constexpr std::uint64_t batch = 65536; ///< words of a table, however long it says it is
 constexpr std::uint64_t bitmap_reserved = 0xff00'0000'0000'01fe;
 
 } // namespace
@@ -80,8 +81,9 @@ void Checker::count_bitmaps() {
         return give_up("the bitmap directory is not valid");
     std::vector<std::byte> directory(bytes);
     source_.file().read(directory, at);
-    std::uint64_t found = 0;
+    std::uint64_t found = 0, read = 0;
     for (std::uint64_t from = 0; from < bytes; ++found) {
+        require_going(stop_);
         if (bytes - from < bitmap_fixed_bytes)
             return give_up("the bitmap directory is not valid");
         const std::uint64_t name = load_be<std::uint16_t>(directory, from + 18);
@@ -89,26 +91,36 @@ void Checker::count_bitmaps() {
         const std::uint64_t length = round_up(bitmap_fixed_bytes + extra + name, 8);
         if (length > bytes - from || name == 0 || name > max_bitmap_name)
             return give_up(fmt::format("entry {} of the bitmap directory is not valid", found));
-        count_bitmap_table({load_be<std::uint64_t>(directory, from)}, load_be<std::uint32_t>(directory, from + 8));
+        read +=
+            count_bitmap_table({load_be<std::uint64_t>(directory, from)}, load_be<std::uint32_t>(directory, from + 8));
+        if (read > source_.length() + cluster_)
+            return give_up("the tables of the bitmaps overlap");
         from += length;
     }
     if (found != bitmaps)
         give_up("the bitmap directory has not as many entries as the header says");
 }
 
-void Checker::count_bitmap_table(HostOffset at, std::uint64_t entries) {
+/// Gives the bytes that it read.
+std::uint64_t Checker::count_bitmap_table(HostOffset at, std::uint64_t entries) {
     count(at, entries * 8, "a bitmap table");
     if (at.value >= source_.length() || entries * 8 > round_up(source_.length(), cluster_) - at.value)
-        return;
-    std::vector<std::uint64_t> words(entries);
-    read_words(source_.file(), at, words);
-    for (const std::uint64_t word : words) {
-        const std::uint64_t offset = word & entry::offset_mask;
-        if (word & bitmap_reserved || (offset != 0 && word & 1) || offset % cluster_ != 0)
-            corrupt(fmt::format("an entry of the bitmap table at {:#x} is {:#x}, which is not valid", at.value, word));
-        else if (offset != 0)
-            count({offset}, cluster_, "a cluster of a bitmap");
+        return 0;
+    std::vector<std::uint64_t> words;
+    for (std::uint64_t done = 0; done < entries; done += words.size()) {
+        require_going(stop_);
+        words.resize(std::min(entries - done, batch));
+        read_words(source_.file(), at + done * 8, words);
+        for (const std::uint64_t word : words) {
+            const std::uint64_t offset = word & entry::offset_mask;
+            if (word & bitmap_reserved || (offset != 0 && word & 1) || offset % cluster_ != 0)
+                corrupt(
+                    fmt::format("an entry of the bitmap table at {:#x} is {:#x}, which is not valid", at.value, word));
+            else if (offset != 0)
+                count({offset}, cluster_, "a cluster of a bitmap");
+        }
     }
+    return entries * 8;
 }
 
 } // namespace qlean

@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// Images that ask for memory or time that their content does not justify (lib/README.md, "Memory that an image can make
+// us take").
+#include "lib/bitmap_directory.h"
+#include "lib/byte_order.h"
+#include "lib/check/check.h"
+#include "lib/snapshot_table.h"
+#include "tests/catch.h"
+#include "tests/fault/image_builder.h"
+#include "tests/fuzz/memory_file.h"
+
+using namespace qlean;
+using namespace qlean::fault;
+using fuzz::MemoryDisk;
+using fuzz::MemoryFile;
+
+namespace {
+
+constexpr std::uint64_t cluster = 512;
+
+void require_refused(const std::shared_ptr<MemoryDisk> &disk, bool read_only, const std::string &why) {
+    Image::Options options;
+    options.read_only = read_only;
+    try {
+        Image::open(std::make_unique<MemoryFile>(disk), options);
+        FAIL("it was opened");
+    } catch (const Error &error) {
+        INFO(error.what());
+        CHECK(std::string(error.what()).find(why) != std::string::npos);
+    }
+}
+
+} // namespace
+
+TEST_CASE(
+    "A file with holes that claims more clusters than can be counted is refused before memory is taken for them") {
+    for (const unsigned bits : {41u, 50u, 62u}) {
+        const auto disk = std::make_shared<MemoryDisk>(empty_image(65536, cluster));
+        disk->length = std::uint64_t{1} << bits;
+        require_refused(disk, true, "too many for clusters of 512 bytes");
+        require_refused(disk, false, "too many for clusters of 512 bytes");
+    }
+}
+
+TEST_CASE("L1 tables of snapshots that lie on top of each other are not all read") {
+    // 200 snapshots, each with a table of 16 KiB that begins a cluster behind the one before.
+    ImagePlan plan;
+    plan.virtual_size = 64 * 1024;
+    Bytes bytes = build_image(plan).bytes;
+    SnapshotTable table;
+    const std::uint64_t first = 64 * 1024, entries = 2048, count = 200;
+    for (std::uint64_t i = 0; i < count; ++i) {
+        SnapshotEntry e;
+        e.l1_offset = {first + i * cluster};
+        e.l1_size = entries;
+        e.id = e.name = std::to_string(i);
+        table.entries.push_back(e);
+    }
+    const auto encoded = table.encode();
+    const std::uint64_t at = round_up(bytes.size(), cluster);
+    bytes.resize(first + count * cluster + entries * 8);
+    REQUIRE(at + encoded.size() <= first);
+    std::copy(encoded.begin(), encoded.end(), bytes.begin() + static_cast<std::ptrdiff_t>(at));
+    store_be<std::uint32_t>(bytes, 60, count);
+    store_be<std::uint64_t>(bytes, 64, at);
+    require_refused(std::make_shared<MemoryDisk>(bytes), true, "larger than the file");
+}
+
+TEST_CASE("A check reads no bitmap table again and again for a directory that names it often") {
+    ImagePlan plan;
+    plan.virtual_size = 256 * 1024;
+    plan.bitmaps = true;
+    Bytes bytes = build_image(plan).bytes;
+    // The directory names one table, which is as long as the file, 5000 times.
+    const std::uint64_t directory = round_up(bytes.size(), cluster), entry = 32, count = 5000;
+    const std::uint64_t table = directory + count * entry, words = 64 * 1024;
+    bytes.resize(table + words * 8);
+    for (std::uint64_t i = 0; i < count; ++i) {
+        const std::uint64_t e = directory + i * entry;
+        store_be<std::uint64_t>(bytes, e, table);
+        store_be<std::uint32_t>(bytes, e + 8, words);
+        bytes[e + 16] = std::byte{1};
+        bytes[e + 17] = std::byte{9};
+        store_be<std::uint16_t>(bytes, e + 18, 4);
+        store_be<std::uint32_t>(bytes, e + 24, static_cast<std::uint32_t>(i + 0x41414141));
+    }
+    std::uint64_t at = 104; // of the extension
+    while (load_be<std::uint32_t>(bytes, at) != Header::extension_bitmaps)
+        at += 8 + round_up(load_be<std::uint32_t>(bytes, at + 4), 8);
+    store_be<std::uint32_t>(bytes, at + 8, count);
+    store_be<std::uint64_t>(bytes, at + 16, count * entry);
+    store_be<std::uint64_t>(bytes, at + 24, directory);
+
+    class Counted final : public MemoryFile {
+      public:
+        using MemoryFile::MemoryFile;
+        void read(std::span<std::byte> into, HostOffset from) override {
+            bytes_read += into.size();
+            MemoryFile::read(into, from);
+        }
+        std::uint64_t bytes_read = 0;
+    };
+    Counted file(std::make_shared<MemoryDisk>(bytes));
+    CHECK(check_file(file).check_errors == 1);
+    CHECK(file.bytes_read < 8 * bytes.size());
+}
+
+TEST_CASE("An image with more enabled bitmaps than fit into memory is not opened for writing, and can be read") {
+    // Bitmaps of 512 bytes a bit for a disk of 64 TiB: 16 GiB each. The disk itself needs an L1 table of 32 MiB.
+    const Geometry geometry(21, 4, std::uint64_t{64} << 40);
+    BitmapDirectory directory;
+    BitmapEntry e;
+    e.flags = BitmapEntry::flag_auto;
+    e.granularity_bits = 16; // 128 MiB each
+    for (int i = 0; i < 16; ++i)
+        directory.entries.push_back(e);
+    CHECK_NOTHROW(require_trackable(directory, geometry, ""));
+    directory.entries.push_back(e);
+    CHECK_THROWS_AS(require_trackable(directory, geometry, ""), Error);
+    directory.entries.back().flags = 0; // disabled: nothing of it is kept in memory
+    CHECK_NOTHROW(require_trackable(directory, geometry, ""));
+}
