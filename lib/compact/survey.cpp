@@ -40,6 +40,18 @@ class ReferenceCounts {
     std::unordered_map<std::uint64_t, std::uint64_t> many_;
 };
 
+/// Adjacent clusters whose refcount is wrong in the same way.
+struct Miscount {
+    HostRun run;
+    std::uint64_t count, referrers;
+
+    bool continues(std::uint64_t c, std::uint64_t its_count, std::uint64_t its_referrers) const {
+        return run.end().value == c && count == its_count && referrers == its_referrers;
+    }
+};
+/// An image may say anything of the clusters beyond the end of its file: of that much nothing is kept.
+constexpr std::size_t most_miscounts = std::size_t{1} << 22;
+
 /// Counts for the status page.
 class Counter : public ReferenceVisitor {
   public:
@@ -210,17 +222,29 @@ Survey verify_image(State &state, const Allocator::Watch &watch, const StopCheck
     walk_references(state, stop, audit);
     const ReferenceCounts &references = audit.references;
 
-    struct Miscount {
-        std::uint64_t cluster, count, referrers;
+    const auto &name = state.file.name();
+    const auto refuse = [&](const std::string &what) {
+        throw_bad_image("'{}' is damaged, so nothing of it is moved or freed: {}; stop the server and repair it with "
+                        "'qemu-img check -r all'",
+                        name, what);
     };
     std::vector<Miscount> too_many, too_few;
+    const auto note = [&](std::vector<Miscount> &miscounts, std::uint64_t c, std::uint64_t count,
+                          std::uint64_t referrers) {
+        if (!miscounts.empty() && miscounts.back().continues(c, count, referrers))
+            ++miscounts.back().run.count;
+        else if (miscounts.size() < most_miscounts)
+            miscounts.push_back({{{c}, 1}, count, referrers});
+        else
+            refuse(fmt::format("more than {} stretches of it have wrong refcounts", most_miscounts));
+    };
     std::uint64_t counted_end = 0;
     const std::uint64_t region_clusters = state.refcounts.region_clusters();
     // Regions without a block lie in between: nothing there is counted.
     const auto uncounted = [&](std::uint64_t from, std::uint64_t to) {
         for (std::uint64_t c = from; c < std::min(to, references.size()); ++c)
             if (const std::uint64_t referrers = references.of(c))
-                too_few.push_back({c, 0, referrers});
+                note(too_few, c, 0, referrers);
     };
     for (const auto &[region, block] : state.refcounts.blocks()) {
         const std::uint64_t first = region * region_clusters;
@@ -228,9 +252,9 @@ Survey verify_image(State &state, const Allocator::Watch &watch, const StopCheck
         state.refcounts.read_block(region, [&](std::uint64_t i, std::uint64_t count) {
             const std::uint64_t referrers = references.of(first + i);
             if (count < referrers)
-                too_few.push_back({first + i, count, referrers});
+                note(too_few, first + i, count, referrers);
             if (count > referrers)
-                too_many.push_back({first + i, count, referrers});
+                note(too_many, first + i, count, referrers);
         });
         counted_end = first + region_clusters;
     }
@@ -241,23 +265,18 @@ Survey verify_image(State &state, const Allocator::Watch &watch, const StopCheck
     state.ranges.drain();
     const auto changed = watch.touched();
     const auto is_changed = [&](std::uint64_t c) { return c < changed.size() && changed[c]; };
-    const auto &name = state.file.name();
-    const auto refuse = [&](const std::string &what) {
-        throw_bad_image("'{}' is damaged, so nothing of it is moved or freed: {}; stop the server and repair it with "
-                        "'qemu-img check -r all'",
-                        name, what);
-    };
     if (audit.damaged)
         refuse(fmt::format("the L2 entry of guest offset {:#x} is not valid",
                            state.geometry.offset_of(*audit.damaged).value));
-    for (const auto &[cluster, count, referrers] : too_few) {
-        if (is_changed(cluster))
-            continue;
-        if (count == 0)
-            refuse(fmt::format("host cluster {} is in use, but has no refcount", cluster));
-        refuse(fmt::format("host cluster {} is used {}, but has a refcount of {}", cluster,
-                           referrers == 2 ? std::string("twice") : fmt::format("{} times", referrers), count));
-    }
+    for (const auto &[run, count, referrers] : too_few)
+        for (std::uint64_t c = run.first.value; c < run.end().value; ++c) {
+            if (is_changed(c))
+                continue;
+            if (count == 0)
+                refuse(fmt::format("host cluster {} is in use, but has no refcount", c));
+            refuse(fmt::format("host cluster {} is used {}, but has a refcount of {}", c,
+                               referrers == 2 ? std::string("twice") : fmt::format("{} times", referrers), count));
+        }
     for (std::uint64_t c = 0; c < audit.owned.size(); ++c)
         if (audit.owned[c] && references.of(c) > 1 && !is_changed(c))
             refuse(fmt::format("host cluster {} is used twice, and one of its users may write there", c));
@@ -268,18 +287,15 @@ Survey verify_image(State &state, const Allocator::Watch &watch, const StopCheck
             survey.how_packed.emplace(state.geometry, most_referrers(state));
         add_snapshot_packs(state, stop, *survey.how_packed);
     }
-    for (const auto &[cluster, count, referrers] : too_many) {
-        if (is_changed(cluster))
-            continue;
-        // Of what snapshots shared, or of a pack that was being filled or emptied, when a server was killed.
-        if (!may_free || !survey.surplus.add({cluster}, count - std::max<std::uint64_t>(referrers, 1))) {
+    for (const auto &[run, count, referrers] : too_many)
+        for (HostCluster c = run.first; c < run.end(); ++c) {
+            if (is_changed(c.value))
+                continue;
+            // Of what snapshots shared, or of a pack that was being filled or emptied, when a server was killed.
+            const bool gives_back = may_free && survey.surplus.add(c, count - std::max<std::uint64_t>(referrers, 1));
             if (referrers == 0)
-                append_run(survey.pinned, {{cluster}, 1});
-            continue;
+                append_run(gives_back ? survey.leaked : survey.pinned, {c, 1});
         }
-        if (referrers == 0)
-            append_run(survey.leaked, {{cluster}, 1});
-    }
     for (std::uint64_t c = 0; c < audit.unflagged.size() && !survey.lacks_copied_flags; ++c)
         survey.lacks_copied_flags = audit.unflagged[c] && references.of(c) == 1;
     for (std::uint64_t i = 0; i < state.l1.size() && !survey.lacks_copied_flags; ++i)
