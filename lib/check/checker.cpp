@@ -50,14 +50,14 @@ void Checker::run() {
 
     count({0}, cluster_, "the header");
     l1_ = source_.l1();
-    count(header_.l1_offset, l1_.size() * 8, "the L1 table");
+    count(header_.l1_offset, std::uint64_t{header_.l1_size} * 8, "the L1 table");
     add_tables(l1_, 1, true);
     count_snapshots();
     join_tables();
     words_.resize(cluster_ / 8);
     for (const Table &table : tables_)
         count_table(table);
-    count(header_.refcount_table_offset, table_.size() * 8, "the refcount table");
+    count(header_.refcount_table_offset, geometry_.bytes(header_.refcount_table_clusters), "the refcount table");
     if (const auto *e = header_.extension(Header::extension_encryption); e != nullptr && e->data.size() >= 16)
         count({load_be<std::uint64_t>(e->data, 0)}, load_be<std::uint64_t>(e->data, 8), "the encryption header");
     count_bitmaps();

@@ -31,6 +31,7 @@ class CheckSource {
     /// Bytes of the file.
     virtual std::uint64_t length() = 0;
 
+    /// Fewer entries than the header says: the others lie beyond the end of the file, and are 0.
     virtual std::vector<std::uint64_t> l1() = 0;
     virtual std::vector<std::uint64_t> refcount_table() = 0;
     /// A refcount block as it is stored.
@@ -69,8 +70,10 @@ class FileSource final : public CheckSource {
     bool touched(HostCluster) override { return false; }
 
   private:
+    /// Those in the file, however many the header claims.
     std::vector<std::uint64_t> words(HostOffset at, std::uint64_t count) {
-        std::vector<std::uint64_t> found(count);
+        const std::uint64_t there = at.value < length_ ? divide_up(length_ - at.value, sizeof(std::uint64_t)) : 0;
+        std::vector<std::uint64_t> found(std::min(count, there));
         read_words(file_, at, found);
         return found;
     }

@@ -6,6 +6,8 @@
 #include "lib/bitmap_directory.h"
 #include "lib/byte_order.h"
 #include "lib/check/check.h"
+#include "lib/check/source.h"
+#include "lib/header_home.h"
 #include "lib/snapshot_table.h"
 #include "tests/catch.h"
 #include "tests/fault/image_builder.h"
@@ -121,4 +123,15 @@ TEST_CASE("An image with more enabled bitmaps than fit into memory is not opened
     CHECK_THROWS_AS(require_trackable(directory, geometry, ""), Error);
     directory.entries.back().flags = 0; // disabled: nothing of it is kept in memory
     CHECK_NOTHROW(require_trackable(directory, geometry, ""));
+}
+
+TEST_CASE("A check takes no memory for the tables that a header claims, and the file has not") {
+    Bytes bytes = empty_image(65536, cluster);
+    store_be<std::uint32_t>(bytes, 36, 4 * 1024 * 1024); // entries of the L1 table: 32 MiB
+    store_be<std::uint32_t>(bytes, 56, 16 * 1024);       // clusters of the refcount table: 8 MiB
+    MemoryFile file(std::make_shared<MemoryDisk>(bytes));
+    FileSource source(file, read_header(file).first);
+    CHECK(source.l1().size() * 8 <= bytes.size());
+    CHECK(source.refcount_table().size() * 8 <= bytes.size());
+    CHECK(check_file(file).corruptions > 0);
 }
