@@ -11,7 +11,7 @@ declare -A packages=(
         nbdkit-plugin-dev catch2 zlib1g-dev libzstd-dev"
     [try]="libnbd-bin fuse3 qemu-utils e2fsprogs python3 python3-libnbd"
     [test]="qemu-system-x86 libvirt-clients libvirt-daemon libvirt-daemon-driver-qemu xfsprogs btrfs-progs busybox-static
-        jq fio strace procps xz-utils zstd openssl systemd clang"
+        jq fio strace procps xz-utils zstd openssl systemd clang libclang-rt-dev"
 )
 
 [ $# -gt 0 ] || set -- build try test
