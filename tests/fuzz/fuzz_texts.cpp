@@ -45,15 +45,16 @@ void users(Input &in) {
 }
 
 void export_name(Input &in) {
-    const std::uint64_t at = in.number(2);
+    const std::uint64_t how = in.byte(), within = in.number(2);
     plugin::Server &server = served_image();
-    const auto opened = plugin::open_export(server, in.text().c_str(), at % 2 != 0);
+    const auto opened = plugin::open_export(server, in.text().c_str(), how % 2 != 0);
     require(!opened->description().empty(), "an export without a description");
     const std::uint64_t size = opened->size();
     if (size == 0)
         return;
-    const std::uint64_t length = std::min<std::uint64_t>(size - at % size, 512);
-    std::uint64_t next = at % size;
+    const std::uint64_t at = how & 2 ? size - 1 - within % std::min<std::uint64_t>(size, 1024) : within % size;
+    const std::uint64_t length = std::min<std::uint64_t>(size - at, 512);
+    std::uint64_t next = at;
     if (opened->abilities().extents)
         opened->extents(next, length, 8, [&](std::uint64_t from, std::uint64_t n, bool, bool) {
             require(from <= next && n > 0, "an extent that is not where it was asked for");
@@ -61,7 +62,7 @@ void export_name(Input &in) {
             return true;
         });
     std::vector<std::byte> into(length);
-    opened->read(into, at % size);
+    opened->read(into, at);
 }
 
 void page(Input &in) {

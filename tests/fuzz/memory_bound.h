@@ -14,7 +14,7 @@ namespace qlean::fuzz {
 /// may make the file that long; and what is counted by cluster.
 constexpr std::uint64_t bound_for_image(std::uint64_t length, std::uint64_t content) {
     constexpr std::uint64_t always = 24 * 1024 * 1024, smallest_cluster = 512;
-    return always + 12 * content + 6 * (length / smallest_cluster);
+    return always + 8 * content + 6 * (length / smallest_cluster);
 }
 
 class MemoryBound {

@@ -14,7 +14,7 @@
 namespace qlean::fuzz {
 
 struct MemoryDisk {
-    static constexpr std::uint64_t most_bytes = 8 * 1024 * 1024;
+    static constexpr std::uint64_t most_bytes = 4 * 1024 * 1024;
 
     std::vector<std::byte> bytes; ///< from the beginning; zeroes follow up to `length`
     std::uint64_t length = 0;

@@ -90,7 +90,7 @@ std::uint64_t Connection::block_status(std::uint64_t offset, std::uint64_t,
         each({end, length, kind % 3 == 0});
         end += length;
     }
-    text.erase(0, std::max<std::size_t>(1, text.size() / 2));
+    text = in.text();
     return text.empty() ? std::max(end, size_) : end;
 }
 
