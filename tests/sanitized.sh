@@ -4,9 +4,9 @@
 #
 # sanitized.sh address|thread some|all: builds the engine with a sanitizer below the build directory and runs tests in it;
 # any report ends a test with an error. address is AddressSanitizer, LeakSanitizer and UndefinedBehaviorSanitizer.
-# "some", what fits into every run: random workloads of several threads beside compaction, killed ones, with address also
-# the bugs of others. "all": every program that runs the engine by itself, then some
-# tests with real servers, for which nbdkit is started with the sanitizer's runtime.
+# "some", what fits into every run: random workloads of several threads beside compaction, and killed ones (the fuzzers
+# are built with AddressSanitizer too). "all": every program that runs the engine by itself, then some tests with real
+# servers, for which nbdkit is started with the sanitizer's runtime.
 #
 # UBSan without null, alignment, object-size and vptr: half of the compile time, and AddressSanitizer sees what they guard.
 set -euo pipefail
@@ -20,7 +20,6 @@ case $sanitizer in address) with=address,undefined runtime=libasan.so ;; thread)
     -Doptimization=1 -Dcpp_args="-g1 -fno-sanitize=null,alignment,object-size,vptr" >"$build/$sanitizer.log" ||
     { cat "$build/$sanitizer.log"; exit 1; }
 targets=(tests/stress/stress tests/stress/killed)
-[ "$sanitizer" = thread ] || targets+=(tests/regress/regress)
 [ "$amount" = some ] || targets=(all)
 ninja -C "$to" "${targets[@]}" >"$build/$sanitizer.log" || { cat "$build/$sanitizer.log"; exit 1; }
 echo "built after $SECONDS s"
@@ -41,7 +40,6 @@ for shape in "512 16M" "4096 32M" "16384 32M extended_l2=on" "4096 32M cluster_s
         workloads $program "$cluster" "$size" 1 "${options:-cluster_size=$cluster}" $snapshot
     done
 done
-[ "$sanitizer" = thread ] || [ "$amount" = all ] || "$to/tests/regress/regress"
 if [ "$amount" = all ]; then
     suites --suite unit --suite fault --suite regress --suite stress --timeout-multiplier 10
     # nbdkit is not built with the sanitizer, so its runtime has to be there before the plugin. What nbdkit starts gets it

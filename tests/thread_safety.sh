@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) 2026, the qlean authors
 #
-# thread_safety.sh: clang's thread safety analysis of every source that can touch what is annotated. What is PROTECTED_BY a mutex (lib/thread_safety.h) is
-# touched with that mutex held, or this fails; and it does fail for a source that does not hold it.
+# thread_safety.sh: clang's thread safety analysis of every source that can touch what is annotated. What is PROTECTED_BY
+# a mutex (lib/thread_safety.h) is touched with that mutex held, or this fails; and it does fail for a source that does
+# not hold it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 command -v clang++ >/dev/null || { echo "SKIP: clang++ is not installed"; exit 77; }
