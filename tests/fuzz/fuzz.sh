@@ -15,9 +15,11 @@ command -v clang++ >/dev/null || { echo "clang++ is not installed"; exit 77; }
 mkdir -p "$work/$target"
 (
     flock 9 # whoever runs another target at the same time waits
-    instrument="-fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=undefined"
+    # Without what the address sanitizer sees as well, or a look at every pointer would find: a third of the time to build.
+    instrument="-fsanitize=fuzzer-no-link,address,undefined -fno-sanitize=null,alignment,object-size,vptr
+        -fno-sanitize-recover=undefined"
     [ -f "$work/clang/build.ninja" ] || CXX=clang++ meson setup "$work/clang" "$here/../.." --buildtype=plain \
-        -Dwarning_level=0 "-Dcpp_args=-O1 -g1 $instrument" "-Dcpp_link_args=-fsanitize=address,undefined"
+        -Dwarning_level=0 "-Dcpp_args=-O1 -gline-tables-only $instrument" "-Dcpp_link_args=-fsanitize=address,undefined"
     ninja -C "$work/clang" tests/fuzz/fuzz-{decoders,image,texts}
 ) 9>"$work/lock"
 
