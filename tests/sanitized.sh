@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) 2026, the qlean authors
 #
-# sanitized.sh address|thread some|all: builds the engine with a sanitizer below the build directory and runs tests in it;
-# any report ends a test with an error. address is AddressSanitizer, LeakSanitizer and UndefinedBehaviorSanitizer.
-# "some", what fits into every run: random workloads of several threads beside compaction, and killed ones (the fuzzers
-# are built with AddressSanitizer too). "all": every program that runs the engine by itself, then some tests with real
-# servers, for which nbdkit is started with the sanitizer's runtime.
+# sanitized.sh address|thread some|all: the engine with a sanitizer, in a build of its own; any report ends a test with an
+# error. address is AddressSanitizer, LeakSanitizer and UndefinedBehaviorSanitizer. "some", what fits into every run:
+# random workloads of several threads beside compaction, and killed ones; with address in the build of the fuzzers. "all":
+# every program that runs the engine by itself, then some tests with real servers, for which nbdkit is started with the
+# sanitizer's runtime.
 #
 # UBSan without null, alignment, object-size and vptr: half of the compile time, and AddressSanitizer sees what they guard.
 set -euo pipefail
@@ -16,12 +16,18 @@ build=$(cd "${QLEAN_BUILD:?}" && pwd)
 to=$build/$sanitizer
 case $sanitizer in address) with=address,undefined runtime=libasan.so ;; thread) with=thread runtime=libtsan.so ;; esac
 
-[ -f "$to/build.ninja" ] || meson setup "$to" "$tests/.." -Db_sanitize=$with -Db_lundef=false -Dbuildtype=plain -Ddebug=true \
-    -Doptimization=1 -Dcpp_args="-g1 -fno-sanitize=null,alignment,object-size,vptr" >"$build/$sanitizer.log" ||
-    { cat "$build/$sanitizer.log"; exit 1; }
 targets=(tests/stress/stress tests/stress/killed)
 [ "$amount" = some ] || targets=(all)
-ninja -C "$to" "${targets[@]}" >"$build/$sanitizer.log" || { cat "$build/$sanitizer.log"; exit 1; }
+if [ "$sanitizer $amount" = "address some" ]; then
+    to=$build/fuzz/clang
+    "$tests/fuzz/build.sh" "$build/fuzz" "${targets[@]}"
+else
+    {
+        [ -f "$to/build.ninja" ] || meson setup "$to" "$tests/.." -Db_sanitize=$with -Db_lundef=false -Dbuildtype=plain \
+            -Ddebug=true -Doptimization=1 -Dcpp_args="-g1 -fno-sanitize=null,alignment,object-size,vptr"
+        ninja -C "$to" "${targets[@]}"
+    } >"$build/$sanitizer.log" || { cat "$build/$sanitizer.log"; exit 1; }
+fi
 echo "built after $SECONDS s"
 
 export ASAN_OPTIONS=halt_on_error=1:exitcode=66:detect_stack_use_after_return=1

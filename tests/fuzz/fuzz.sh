@@ -11,17 +11,8 @@ shift 2
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 work=${QLEAN_BUILD:-$here/../../build}/fuzz
 
-command -v clang++ >/dev/null || { echo "clang++ is not installed"; exit 77; }
 mkdir -p "$work/$target"
-(
-    flock 9 # whoever runs another target at the same time waits
-    # Without what the address sanitizer sees as well, or a look at every pointer would find: a third of the time to build.
-    instrument="-fsanitize=fuzzer-no-link,address,undefined -fno-sanitize=null,alignment,object-size,vptr
-        -fno-sanitize-recover=undefined"
-    [ -f "$work/clang/build.ninja" ] || CXX=clang++ meson setup "$work/clang" "$here/../.." --buildtype=plain \
-        -Dwarning_level=0 "-Dcpp_args=-O1 -gline-tables-only $instrument" "-Dcpp_link_args=-fsanitize=address,undefined"
-    ninja -C "$work/clang" tests/fuzz/fuzz-{decoders,image,texts}
-) 9>"$work/lock"
+"$here/build.sh" "$work" tests/fuzz/fuzz-{decoders,image,texts}
 
 longest=1024 # operations beyond that are not looked at
 [ "$target" = fuzz-image ] || longest=16384
