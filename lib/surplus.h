@@ -48,7 +48,8 @@ class Surplus {
     }
 
   private:
-    static constexpr std::uint64_t most = std::uint64_t{1} << 24;
+    /// 32 MiB of extents of 8 bytes; and an image that claims more does not keep a FLUSH busy for longer than a second.
+    static constexpr std::uint64_t most = std::uint64_t{1} << 22;
     static constexpr std::size_t batch = 65536;
 
     std::vector<std::pair<HostCluster, std::uint64_t>> counts_;
