@@ -52,7 +52,7 @@ class File {
         static_cast<void>(from), static_cast<void>(to), static_cast<void>(length);
         return false;
     }
-    /// Waits until share() of that has nothing to write out first, where there is a share().
+    /// A hint before share() of that, which has to write out first what is dirty there.
     virtual void prepare_to_share(HostOffset at, std::uint64_t length) {
         static_cast<void>(at), static_cast<void>(length);
     }

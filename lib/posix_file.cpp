@@ -202,10 +202,11 @@ bool PosixFile::share(HostOffset from, HostOffset to, std::uint64_t length) {
     return true;
 }
 
+/// Without waiting for it: sync_file_range() that waits is told of an earlier write that failed, and then the next
+/// fdatasync(), which has to fail for it, is not.
 void PosixFile::prepare_to_share(HostOffset at, std::uint64_t length) {
     if (may_share(at, length))
-        ::sync_file_range(fd_, as_off(at), static_cast<off_t>(length),
-                          SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
+        start_writing_out(at, length);
 }
 
 std::uint64_t PosixFile::length() {

@@ -48,8 +48,8 @@ class Surplus {
     }
 
   private:
-    /// 32 MiB of extents of 8 bytes; and an image that claims more does not keep a FLUSH busy for longer than a second.
-    static constexpr std::uint64_t most = std::uint64_t{1} << 22;
+    /// A deletion that was killed leaves one for each cluster of the snapshot: this is a TiB in clusters of 64 KiB.
+    static constexpr std::uint64_t most = std::uint64_t{1} << 24;
     static constexpr std::size_t batch = 65536;
 
     std::vector<std::pair<HostCluster, std::uint64_t>> counts_;
