@@ -31,6 +31,10 @@ class Wrong(Exception):
     pass
 
 
+class HungUp(Exception):
+    """On a client that behaves: wrong, unless the server is no more."""
+
+
 class Client:
     """One connection, with everything that it sent."""
 
@@ -217,7 +221,7 @@ def behave(path, rng, model):
             client.send(struct.pack(">IHHQQI", REQUEST, 0, DISC, 0, 0, 0))
             client.close()
     except Closed as gone:
-        raise Wrong("the server hangs up on a client that behaves") from gone
+        raise HungUp("the server hangs up on a client that behaves") from gone
 
 
 def make_image(directory, rng):
@@ -239,7 +243,7 @@ def kept_half(image):
 
 def memory_of(pid):
     with open(f"/proc/{pid}/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+        return next((int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:")), 0)  # 0: a zombie
 
 
 def known_abort(server, log):
@@ -272,11 +276,26 @@ class Attack:
                 count += 1
                 if count % 20 == 0:
                     behave(self.path, rng, self.model)
-        except (Wrong, OSError) as error:
-            time.sleep(1)
-            if server.poll() is None:
-                self.problems.append(f"{type(error).__name__}: {error}")
+        except Wrong as error:
+            self.problems.append(f"Wrong: {error}")
+        except (HungUp, OSError) as error:
+            self.hung_up(server, error)
         self.connections += count
+
+    def hung_up(self, server, error):
+        """No problem if the server is no more: what it ended with is looked at when it is waited for."""
+        try:
+            server.wait(10)  # not poll(): where two threads ask at once, it says of a dead one that it lives
+        except subprocess.TimeoutExpired:
+            self.problems.append(f"{type(error).__name__}: {error}")
+
+    def wait_until_served(self, server):
+        while server.poll() is None:
+            try:
+                Client(self.path, self.rng).close()
+                return
+            except (FileNotFoundError, ConnectionRefusedError):  # refused: it has a name, and does not listen yet
+                time.sleep(0.02)
 
     def serve(self):
         self.servers += 1
@@ -286,27 +305,29 @@ class Attack:
         with open(self.log, "wb") as log:
             server = subprocess.Popen(["nbdkit", "-f", "-U", self.path, *self.command, self.image], stderr=log)
         try:
-            while not os.path.exists(self.path) and server.poll() is None:
-                time.sleep(0.02)
+            self.wait_until_served(server)
             threads = [threading.Thread(target=self.client, args=(server, n)) for n in range(CLIENTS)]
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
             if server.poll() is None:
-                behave(self.path, self.rng, self.model)
                 self.memory = max(self.memory, memory_of(server.pid))
+                behave(self.path, self.rng, self.model)
         except Wrong as error:
-            self.problems.append(str(error))
+            self.problems.append(f"Wrong: {error}")
+        except (HungUp, OSError) as error:
+            self.hung_up(server, error)
         finally:
-            if server.poll() is None:
+            asked = server.poll() is None
+            if asked:
                 server.send_signal(signal.SIGTERM)
             try:
                 server.wait(60)
             except subprocess.TimeoutExpired:
                 server.kill()
                 self.problems.append("the server does not end")
-        if server.wait() != 0 and not known_abort(server, self.log):
+        if (server.wait() != 0 or not asked) and not known_abort(server, self.log):
             self.problems.append(f"the server ended with {server.returncode}")
 
     def run(self):
