@@ -114,7 +114,7 @@ void Refcounts::increment(HostRun run) {
     }
 }
 
-std::vector<HostRun> Refcounts::decrement(HostRun run) {
+std::vector<HostRun> Refcounts::decrement(HostRun run, std::uint64_t times) {
     for (std::uint64_t i = 0; i < run.count; ++i)
         get(run.first + i); // loads, so that what follows cannot fail half-way
     std::vector<HostRun> freed;
@@ -123,15 +123,18 @@ std::vector<HostRun> Refcounts::decrement(HostRun run) {
         const std::uint64_t count = get(c);
         if (count == 0)
             continue; // the image lied; the cluster stays out of use until the next open
-        if (count == 1 && guard_ != nullptr && guard_->has(c))
-            continue; // it lied about its own metadata: this count is the metadata's
+        // Where it lied about its own metadata, one is the metadata's.
+        const std::uint64_t lowest = guard_ != nullptr && guard_->has(c) ? 1 : 0;
+        const std::uint64_t after = std::max(count - std::min(count, times), lowest);
+        if (after == count)
+            continue;
         Slice &s = slice(c);
         RefcountView view(s.bytes, geometry_.refcount_order());
-        view.set(c.value % slice_counts(), count - 1);
+        view.set(c.value % slice_counts(), after);
         mark_dirty(s);
-        if (count <= 2) // also where the file still said 2 when it was asked
+        if (after <= 1) // also where the file still said 2 when it was asked
             shared_.clear(c.value);
-        if (count == 1)
+        if (after == 0)
             append_run(freed, {c, 1});
     }
     return freed;

@@ -50,8 +50,9 @@ class Refcounts {
     std::uint64_t get(HostCluster c);
     /// Adds one to each cluster of the run. Throws Error on overflow, with nothing changed.
     void increment(HostRun run);
-    /// Takes one from each; gives the clusters that came to zero. A count that is zero already is left alone.
-    std::vector<HostRun> decrement(HostRun run);
+    /// Takes `times` from each, as if one after another; gives the clusters that came to zero. A count that is zero
+    /// already is left alone.
+    std::vector<HostRun> decrement(HostRun run, std::uint64_t times = 1);
     /// Counts changed since the last write_dirty().
     bool dirty() const { return dirty_count_ != 0; }
     /// Writes every changed slice to the file; not synced.

@@ -3,7 +3,7 @@
 //
 // Counts that are higher than the references, and by how much: what a crash leaves of what was shared. They are lowered
 // as if references were given up one after another. As each takes a little memory until a commit, there is a commit
-// after so many of them.
+// after so many of them; it lowers those of one cluster at once.
 #pragma once
 
 #include "allocator.h"

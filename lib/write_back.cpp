@@ -5,6 +5,7 @@
 #include "byte_order.h"
 #include "error.h"
 
+#include <algorithm>
 #include <cassert>
 #include <chrono>
 
@@ -208,10 +209,14 @@ void WriteBack::apply_increments() {
 void WriteBack::lower_unlinked() {
     allocator_.load_regions_of(unlinked_);
     while (!unlinked_.empty()) {
-        for (const HostRun &free : refcounts_.decrement(unlinked_.back()))
+        const HostRun run = unlinked_.back();
+        // Of a cluster whose count is far too high, one after another: at once.
+        const auto others = std::find_if(unlinked_.rbegin(), unlinked_.rend(), [&](HostRun r) { return r != run; });
+        const auto times = static_cast<std::uint64_t>(others - unlinked_.rbegin());
+        for (const HostRun &free : refcounts_.decrement(run, times))
             append_run(freed_, free);
-        lowered_.push_back(unlinked_.back());
-        unlinked_.pop_back();
+        lowered_.insert(lowered_.end(), times, run);
+        unlinked_.erase(others.base(), unlinked_.end());
     }
 }
 

@@ -90,6 +90,14 @@ TEST_CASE("A refcount as high as its width allows is not incremented, and nothin
         CHECK(cluster_count(refcounts.decrement({{20}, 2})) == (max == 1 ? 2 : 0));
         CHECK(refcounts.get({20}) == max - 1);
         CHECK(refcounts.get({21}) == max - 1);
+        refcounts.increment({{30}, 2});
+        CHECK(refcounts.decrement({{30}, 2}, max) == std::vector<HostRun>{{{30}, 2}});
+        CHECK(refcounts.get({31}) == 0);
+        if (max > 1) {
+            CHECK(refcounts.decrement({{20}, 1}, max - 2).empty());
+            CHECK(refcounts.get({20}) == 1);
+            CHECK(refcounts.decrement({{20}, 1}, max) == std::vector<HostRun>{{{20}, 1}});
+        }
     }
 }
 
