@@ -10,6 +10,7 @@ namespace qlean {
 namespace {
 
 constexpr std::uint64_t batch = 4096;
+constexpr std::uint64_t first_look = 4096; // bytes; a page of the host's
 
 } // namespace
 
@@ -109,7 +110,16 @@ bool ZeroScan::may_be_zero(const Mapping &mapping) const {
 bool ZeroScan::holds_zeroes(GuestCluster c, const Mapping &mapping, std::vector<std::byte> &bytes) {
     if (state_.contents.is_zero(c, mapping))
         return true;
+    const std::uint64_t size = state_.geometry.cluster_size();
     try {
+        if (mapping.has_host() && size > first_look) { // most show at once that they hold something
+            bytes.resize(first_look);
+            state_.contents.read(c, mapping, 0, bytes);
+            gauges_.zero_read_bytes += bytes.size();
+            if (!all_zero(bytes))
+                return false;
+        }
+        bytes.resize(size);
         state_.contents.read(c, mapping, 0, bytes);
     } catch (const Error &error) {
         if (mapping.kind != Mapping::Kind::compressed || error.kind() != Error::Kind::bad_image)
@@ -124,8 +134,8 @@ bool ZeroScan::look_at(GuestCluster c, const Mapping &seen) {
     const Geometry &g = state_.geometry;
     if (g.has_subclusters() && seen.has_host())
         return look_at_subclusters(c, seen.host);
-    std::vector<std::byte> bytes(g.cluster_size());
-    // Unlocked: a first look, which also brings the cluster into memory. A hole in the file needs no reading.
+    std::vector<std::byte> bytes;
+    // Unlocked: a first look, which also brings what is zeroes into memory. A hole in the file needs no reading.
     const HostOffset from = g.offset_of(seen.host);
     const auto data = seen.has_host() ? state_.data.next_data(from) : std::nullopt;
     const bool is_hole = seen.has_host() && !(data && *data < from + g.cluster_size());
