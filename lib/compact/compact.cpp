@@ -21,9 +21,10 @@ constexpr std::uint64_t gap_bytes = 1024 * 1024;
 
 Compact::Compact(Image &image, MoveOwnership &ownership, Gauges &gauges, std::uint64_t connection)
     : image_(image), state_(image.state()), ownership_(ownership), gauges_(gauges), connection_(connection),
-      repacker_(image) {}
+      repacker_(image), uncommitted_([&image] { image.give_back(); }) {}
 
 Compact::~Compact() {
+    uncommitted_.stop();
     try {
         if (repacker_.close() || uncommitted_.any_moved())
             image_.give_back();
@@ -65,7 +66,7 @@ void Compact::prepare(const StopCheck &stop) {
 
 /// The leaks that are still what the walk found: another connection may have given them back meanwhile, and the guest
 /// may be using them. With mutex_ held, as the owner.
-void Compact::retire_leaked() {
+void Compact::retire_leaked(const StopCheck &stop) {
     if (!watch_)
         return;
     std::vector<HostRun> still;
@@ -75,7 +76,10 @@ void Compact::retire_leaked() {
                 append_run(still, {c, 1});
     surplus_.drop_if([&](HostCluster c) { return watch_->touched(c); });
     state_.allocator.retire(still);
-    std::exchange(surplus_, {}).retire(state_.allocator, [&] { image_.give_back(); });
+    std::exchange(surplus_, {}).retire(state_.allocator, [&] {
+        require_going(stop);
+        image_.give_back();
+    });
     watch_.reset();
 }
 
@@ -216,7 +220,7 @@ Compact::Work Compact::find_work(GuestCluster first, GuestCluster last, const Wa
 }
 
 Uncommitted::Share Compact::room_for(std::uint64_t bytes, const Wanted &want) {
-    return uncommitted_.take(bytes, most_uncommitted(want.end), [&] { image_.give_back(); });
+    return uncommitted_.take(bytes, most_uncommitted(want.end));
 }
 
 void Compact::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) {
@@ -228,7 +232,7 @@ void Compact::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) {
     {
         // Before anything moves: what has moved is no longer what the walk found.
         const std::lock_guard guard(mutex_);
-        retire_leaked();
+        retire_leaked(stop);
     }
     const Work work = find_work(g.cluster_of(at), g.cluster_of(at + (length - 1)), want);
     if (!work.tables.empty()) {

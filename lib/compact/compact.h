@@ -71,7 +71,7 @@ class Compact final : public Maintenance {
     void settle_on_full_disk(const Layout &layout, const StopCheck &stop);
     void settle_metadata(const Layout &layout, const StopCheck &stop);
     void cut(const StopCheck &stop);
-    void retire_leaked();
+    void retire_leaked(const StopCheck &stop);
 
     Image &image_;
     State &state_;

@@ -36,7 +36,7 @@ void Compact::commit(const StopCheck &stop) {
     bool lacks_copied_flags = false;
     {
         const std::lock_guard guard(mutex_);
-        retire_leaked();
+        retire_leaked(stop);
         lacks_copied_flags = lacks_copied_flags_;
     }
     if (lacks_copied_flags) {

@@ -2,13 +2,16 @@
 // Copyright (c) 2026, the qlean authors
 //
 // What was moved, or is being moved, and still occupies the place that it came from, in bytes: the extra space that
-// compaction takes. Never more than the limit; one thread at a time gives back. All methods from any thread.
+// compaction takes. Never more than the limit. A thread of its own gives back while others move; one at a time does.
+// All methods from any thread.
 #pragma once
 
-#include <algorithm>
-#include <condition_variable>
+#include "../thread_safety.h"
+
 #include <cstdint>
-#include <mutex>
+#include <exception>
+#include <functional>
+#include <thread>
 #include <utility>
 
 namespace qlean {
@@ -21,90 +24,62 @@ class Uncommitted {
         Share(Uncommitted &owner, std::uint64_t bytes) : owner_(&owner), bytes_(bytes) {}
         Share(const Share &) = delete;
         Share &operator=(const Share &) = delete;
-        ~Share() {
-            if (owner_)
-                owner_->change(bytes_, 0);
-        }
-        void moved() { std::exchange(owner_, nullptr)->change(0, bytes_); }
+        ~Share();
+        void moved();
 
       private:
         Uncommitted *owner_;
         std::uint64_t bytes_;
     };
 
-    /// While it lives nobody else gives back. What had moved when it began is out of the count after done().
+    /// While it lives nobody else gives back. If it is done(), what had moved when it began is out of the count then.
     class Return {
       public:
-        explicit Return(Uncommitted &owner) : owner_(owner) {
-            std::unique_lock lock(owner.mutex_);
-            owner.changed_.wait(lock, [&] { return !owner.returning_; });
-            begin();
-        }
-        Return(Uncommitted &owner, const std::unique_lock<std::mutex> &) : owner_(owner) { begin(); }
+        explicit Return(Uncommitted &owner);
         Return(const Return &) = delete;
         Return &operator=(const Return &) = delete;
-        ~Return() {
-            const std::lock_guard lock(owner_.mutex_);
-            owner_.returning_ = false;
-            owner_.changed_.notify_all();
-        }
-        void done() {
-            const std::lock_guard lock(owner_.mutex_);
-            owner_.moved_ -= bytes_;
-            owner_.taken_ -= bytes_;
-        }
+        ~Return();
+        void done() { done_ = true; }
+        void failed(std::exception_ptr how) { failure_ = std::move(how); }
 
       private:
-        void begin() {
-            owner_.returning_ = true;
-            bytes_ = owner_.moved_;
-        }
         Uncommitted &owner_;
         std::uint64_t bytes_;
+        bool done_ = false;
+        std::exception_ptr failure_;
     };
 
-    /// Before `bytes` are moved. At three quarters of the limit whoever comes gives back, and others go on meanwhile;
-    /// at the limit they wait for it. Throws what `give_back` throws.
-    template <class GiveBack>
-    [[nodiscard]] Share take(std::uint64_t bytes, std::uint64_t limit, const GiveBack &give_back) {
-        limit = std::max(limit, bytes);
-        std::unique_lock lock(mutex_);
-        for (;;) {
-            const bool fits = taken_ + bytes <= limit;
-            if (!returning_ && (moved_ >= limit / 4 * 3 || (!fits && moved_ != 0))) {
-                Return returning(*this, lock);
-                lock.unlock();
-                give_back();
-                returning.done();
-            } else if (fits) {
-                taken_ += bytes;
-                return {*this, bytes};
-            } else {
-                changed_.wait(lock);
-                continue;
-            }
-            lock.lock(); // after the end of `returning`
-        }
-    }
+    /// `give_back` makes durable what has moved and gives back where it was; it is called with no lock held.
+    explicit Uncommitted(std::function<void()> give_back) : give_back_(std::move(give_back)) {}
+    Uncommitted(const Uncommitted &) = delete;
+    Uncommitted &operator=(const Uncommitted &) = delete;
+    ~Uncommitted() { stop(); }
 
-    bool any_moved() const {
-        const std::lock_guard lock(mutex_);
-        return moved_ != 0;
-    }
+    /// Before `bytes` are moved; more than `limit` are let through alone. At the limit it waits. Throws what giving
+    /// back threw since the last call: once, and then that is tried again.
+    [[nodiscard]] Share take(std::uint64_t bytes, std::uint64_t limit);
+
+    bool any_moved() const;
+
+    /// Nobody gives back in the background any more; what has moved stays counted. No take() after it.
+    void stop();
 
   private:
-    void change(std::uint64_t dropped, std::uint64_t moved) {
-        const std::lock_guard lock(mutex_);
-        taken_ -= dropped;
-        moved_ += moved;
-        changed_.notify_all();
-    }
+    void change(std::uint64_t dropped, std::uint64_t moved);
+    bool worth_returning() const WITH_LOCK(mutex_);
+    void keep_returning();
 
-    mutable std::mutex mutex_;
-    std::condition_variable changed_; ///< a share was given up or has moved, or a return has ended
-    std::uint64_t taken_ = 0;         ///< being moved, or moved
-    std::uint64_t moved_ = 0;         ///< of these, moved
-    bool returning_ = false;
+    const std::function<void()> give_back_;
+    mutable Mutex mutex_;
+    std::condition_variable changed_;              ///< anything below
+    std::uint64_t taken_ PROTECTED_BY(mutex_) = 0; ///< being moved, or moved
+    std::uint64_t moved_ PROTECTED_BY(mutex_) = 0; ///< of these, moved
+    std::uint64_t limit_ PROTECTED_BY(mutex_) = 0;
+    unsigned waiting_ PROTECTED_BY(mutex_) = 0; ///< for room
+    bool returning_ PROTECTED_BY(mutex_) = false;
+    bool stops_ PROTECTED_BY(mutex_) = false;
+    std::exception_ptr failure_ PROTECTED_BY(mutex_); ///< of the last return, until somebody has been told
+    std::thread thread_;
 };
 
 } // namespace qlean

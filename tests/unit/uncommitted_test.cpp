@@ -6,6 +6,8 @@
 #include "lib/compact/uncommitted.h"
 
 #include <atomic>
+#include <chrono>
+#include <future>
 #include <random>
 #include <stdexcept>
 #include <thread>
@@ -15,28 +17,30 @@ using qlean::Uncommitted;
 
 TEST_CASE("Uncommitted: never beyond the limit, one gives back at a time, and nothing is lost count of") {
     constexpr std::uint64_t limit = 16;
-    Uncommitted uncommitted;
     std::atomic<std::uint64_t> taken{0}, moved{0};
-    std::atomic<int> giving{0}, together{0}, beyond{0}, failed{0};
+    std::atomic<int> giving{0}, together{0}, beyond{0}, failed{0}, refused{0};
+    std::mt19937 luck(99);
+    bool may_fail = true;
+    Uncommitted uncommitted([&] {
+        together += giving++ != 0;
+        const std::uint64_t given = moved.exchange(0);
+        std::this_thread::yield();
+        --giving;
+        if (may_fail && luck() % 8 == 0) {
+            ++refused;
+            moved += given;
+            throw std::runtime_error("no");
+        }
+        taken -= given;
+    });
     std::vector<std::thread> threads;
     for (unsigned n = 0; n < 8; ++n)
         threads.emplace_back([&, n] {
             std::mt19937 random(n);
-            const auto give_back = [&] {
-                together += giving++ != 0;
-                const std::uint64_t given = moved.exchange(0);
-                std::this_thread::yield();
-                --giving;
-                if (random() % 8 == 0) {
-                    moved += given;
-                    throw std::runtime_error("no");
-                }
-                taken -= given;
-            };
             for (int i = 0; i < 3000; ++i)
                 try {
                     const std::uint64_t bytes = 1 + random() % 3;
-                    auto share = uncommitted.take(bytes, limit, give_back);
+                    auto share = uncommitted.take(bytes, limit);
                     beyond += (taken += bytes) > limit;
                     if (random() % 64 == 0)
                         std::this_thread::yield();
@@ -55,35 +59,68 @@ TEST_CASE("Uncommitted: never beyond the limit, one gives back at a time, and no
     CHECK(beyond == 0);
     CHECK(together == 0);
     CHECK(failed > 0);
+    CHECK(failed <= refused); // somebody is told, once
     {
         Uncommitted::Return returning(uncommitted);
         returning.done();
     }
     CHECK_FALSE(uncommitted.any_moved());
-    // All of it is there again.
-    int asked = 0;
-    (void)uncommitted.take(limit, limit, [&] { ++asked; });
-    CHECK(asked == 0);
+    // All of it is there again, and the failure before the last return is no longer anybody's.
+    may_fail = false;
+    (void)uncommitted.take(limit, limit);
 }
 
 TEST_CASE("Uncommitted: a move larger than the limit is let through alone") {
-    Uncommitted uncommitted;
-    bool gave_back = false;
-    uncommitted.take(1, 16, [] {}).moved();
-    uncommitted.take(100, 16, [&] { gave_back = true; }).moved();
-    CHECK(gave_back);
-    CHECK(uncommitted.any_moved());
+    std::atomic<int> gave_back{0};
+    Uncommitted uncommitted([&] { ++gave_back; });
+    uncommitted.take(1, 16).moved();
+    uncommitted.take(100, 16).moved();
+    CHECK(gave_back == 1);
+    uncommitted.take(1, 16).moved();
+    CHECK(gave_back == 2);
 }
 
-TEST_CASE("Uncommitted: below the limit the others go on while one gives back") {
-    Uncommitted uncommitted;
-    uncommitted.take(12, 16, [] {}).moved();
-    bool other_went_on = false;
-    (void)uncommitted.take(1, 16, [&] {
-        std::thread([&] {
-            (void)uncommitted.take(4, 16, [] { FAIL("two give back"); });
-            other_went_on = true;
-        }).join();
+TEST_CASE("Uncommitted: below the limit moves go on while what has moved is given back") {
+    std::promise<void> went_on;
+    std::atomic<int> gave_back{0};
+    Uncommitted uncommitted([&] {
+        if (gave_back++ == 0)
+            went_on.get_future().wait();
     });
-    CHECK(other_went_on);
+    uncommitted.take(12, 16).moved();
+    while (gave_back == 0)
+        std::this_thread::yield();
+    uncommitted.take(4, 16).moved();
+    went_on.set_value();
+    uncommitted.take(16, 16).moved();
+    CHECK(gave_back >= 2);
+}
+
+TEST_CASE("Uncommitted: a failure in the background goes to the next who moves, and is tried again after that") {
+    std::atomic<int> tried{0};
+    Uncommitted uncommitted([&] {
+        if (++tried == 1)
+            throw std::runtime_error("no room");
+    });
+    uncommitted.take(16, 16).moved();
+    CHECK_THROWS_AS(uncommitted.take(1, 16), std::runtime_error);
+    CHECK(uncommitted.any_moved());
+    uncommitted.take(1, 16).moved();
+    CHECK(tried == 2);
+}
+
+TEST_CASE("Uncommitted: stopped while it gives back, it waits, and keeps count of the rest") {
+    std::atomic<bool> gives_back{false}, ended{false};
+    Uncommitted uncommitted([&] {
+        gives_back = true;
+        std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        ended = true;
+    });
+    uncommitted.take(8, 16).moved();
+    while (!gives_back)
+        std::this_thread::yield();
+    uncommitted.take(8, 16).moved();
+    uncommitted.stop();
+    CHECK(ended);
+    CHECK(uncommitted.any_moved());
 }
