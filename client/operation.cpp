@@ -3,6 +3,9 @@
 //
 // The pass loop and its requests. Two numbers steer it: how many requests may be in flight (one or fifteen, by the
 // server's version) and how many planned bytes may be uncommitted before a FLUSH goes out.
+// Where there is no guest to be considerate of and no limit to keep, the first pass of `compact` is wide, if the server
+// bounds what it does by one request: one at a time, for all of the disk or what fits into one, so that the server may
+// begin with what it likes best. What such a pass leaves is done piece by piece.
 #include "operation.h"
 
 #include "connection.h"
@@ -30,6 +33,8 @@ constexpr std::uint64_t mebibyte = 1048576;
 constexpr std::uint64_t flush_every = 32 * mebibyte;
 // What has been sent and is not known to be committed never exceeds this: answered, in flight, and in a running FLUSH.
 constexpr std::uint64_t uncommitted_limit = 64 * mebibyte;
+// How often a wide pass cuts the file.
+constexpr std::uint64_t wide_flush_every = 512 * mebibyte;
 constexpr auto consider_every = std::chrono::milliseconds(500);
 
 // Small pieces keep a slow disk's drain short, and fifteen of 2 MiB fit beside a FLUSH of 32 MiB. Under a rate limit a
@@ -71,6 +76,9 @@ Operation::Operation(const Target &target, Connection &status, Pace &pace, const
     const StatusPage page = StatusPage::read(status_);
     depth_ = std::min<unsigned>(page.depth(), slots_->size());
     piece_size_ = piece_size(depth_, speed_, page.cluster_size());
+    if (const auto most = page.most_by_request(); most && report_.name == "compact") {
+        wide_share_ = std::max(*most, mebibyte);
+    }
 }
 
 Operation::~Operation() = default;
@@ -106,6 +114,7 @@ bool Operation::run() {
     const bool always_flush = report_.name == "compact" && !pending;
     while (!stop_.reached() && (!plan.empty() || pending.value_or(0) != 0 || (always_flush && report_.passes == 0))) {
         report_.passes += 1;
+        const bool was_wide = wide_;
         pass(plan);
         report_.remaining_bytes = plan.bytes - pass_done_; // all we know if we are stopped before the next plan
         if (!read_plan(plan)) {
@@ -115,7 +124,7 @@ bool Operation::run() {
         report_.remaining_bytes = plan.bytes;
         report_.pending = pending;
         const std::uint64_t waiting = pending.value_or(0);
-        if (plan.bytes >= best_bytes && waiting >= best_pending) {
+        if (!was_wide && plan.bytes >= best_bytes && waiting >= best_pending) {
             if (!plan.empty() || waiting != 0) {
                 const std::string error = StatusPage::read(status_).last_error();
                 report_.note = fmt::format(
@@ -133,7 +142,8 @@ bool Operation::run() {
 
 bool Operation::read_plan(Plan &plan) {
     progress_.phase(fmt::format("{}: reading the plan", report_.name));
-    PlanBuilder builder(piece_size_);
+    wide_ = wide_share_ != 0 && report_.passes == 0 && !considerate() && !speed_.limit;
+    PlanBuilder builder = wide_ ? PlanBuilder::wide(wide_share_) : PlanBuilder(piece_size_);
     const bool complete = read_ranges(
         *connection_, [&](Range range) { builder.add(range); }, [&] { return !stop_.reached(); });
     plan = complete ? builder.take() : Plan{};
@@ -154,6 +164,9 @@ void Operation::pass(const Plan &plan) {
     std::size_t next = 0;
     while (error_ == 0 && !stop_.reached() && next < plan.pieces.size()) {
         consider_guest();
+        if (wide_ && considerate()) {
+            break; // a guest has come: piece by piece from here on
+        }
         send(plan, next);
         int wait = 100; // the progress line and the time limit want to be looked at that often
         if (next < plan.pieces.size() && in_flight() < depth()) {
@@ -208,7 +221,7 @@ void Operation::consider_guest() {
 void Operation::send(const Plan &plan, std::size_t &next) {
     while (in_flight() < depth()) {
         Slot *slot = free_slot();
-        if (since_flush_ >= flush_every && !flush_in_flight_) {
+        if (since_flush_ >= (wide_ ? wide_flush_every : flush_every) && !flush_in_flight_) {
             start_flush(*slot);
             continue;
         }
@@ -216,7 +229,7 @@ void Operation::send(const Plan &plan, std::size_t &next) {
             return;
         }
         const Piece &piece = plan.pieces[next];
-        if (uncommitted() + piece.planned > uncommitted_limit) {
+        if (!wide_ && uncommitted() + piece.planned > uncommitted_limit) {
             return; // until the FLUSH in flight, or the one that the next answers make due, is answered
         }
         const auto now = Pace::Clock::now();
@@ -313,8 +326,11 @@ unsigned Operation::in_flight() const {
 /// Beside a guest few at a time: many at once, after a pause, would all stand in its way together.
 unsigned Operation::depth() const {
     constexpr unsigned courteous = 2;
-    return speed_.courtesy != nullptr && speed_.courtesy->rate() ? std::min(depth_, courteous) : depth_;
+    return wide_ ? 1 : considerate() ? std::min(depth_, courteous) : depth_;
 }
+
+/// There is a guest, and we are to mind it.
+bool Operation::considerate() const { return speed_.courtesy != nullptr && speed_.courtesy->rate(); }
 
 void Operation::explain() {
     const bool lost = connection_->lost();

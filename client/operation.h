@@ -85,6 +85,7 @@ class Operation {
     Slot *free_slot();
     unsigned in_flight() const;
     unsigned depth() const;
+    bool considerate() const;
     [[noreturn]] void explain();
 
     const Target &target_;
@@ -98,6 +99,8 @@ class Operation {
     OperationReport &report_;
     unsigned depth_;
     std::uint64_t piece_size_;
+    std::uint64_t wide_share_ = 0; // what one request does of a wide piece; 0: there are none
+    bool wide_ = false;            // the plan that was read last
 
     std::unique_ptr<std::array<Slot, 15>> slots_; // outlives the connection: requests in flight point into it
     std::unique_ptr<Connection> connection_;

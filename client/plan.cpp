@@ -18,23 +18,41 @@ namespace {
 constexpr std::uint64_t mebibyte = 1048576;
 // Below 4 GiB (the length has 32 bits) and a multiple of the largest cluster.
 constexpr std::uint64_t longest_question = 4096 * mebibyte - 2 * mebibyte;
-constexpr std::uint64_t longest_piece = 16 * mebibyte;
-constexpr std::uint64_t longest_hole = 1 * mebibyte;
 
 } // namespace
+
+PlanBuilder PlanBuilder::wide(std::uint64_t share) {
+    PlanBuilder builder(2048 * mebibyte);
+    builder.longest_piece_ = builder.longest_hole_ = longest_question;
+    builder.share_ = share;
+    return builder;
+}
 
 void PlanBuilder::append(std::uint64_t offset, std::uint64_t length) {
     if (!plan_.pieces.empty()) {
         Piece &last = plan_.pieces.back();
         const std::uint64_t end = last.offset + last.span;
         const std::uint64_t span = offset + length - last.offset;
-        if (offset - end <= longest_hole && span <= longest_piece && last.planned + length <= target_) {
+        if (offset - end <= longest_hole_ && span <= longest_piece_ && last.planned + length <= target_) {
             last.span = static_cast<std::uint32_t>(span);
             last.planned += static_cast<std::uint32_t>(length);
             return;
         }
     }
     plan_.pieces.push_back({offset, static_cast<std::uint32_t>(length), static_cast<std::uint32_t>(length)});
+}
+
+Plan PlanBuilder::take() {
+    if (share_ != 0) {
+        std::vector<Piece> repeated;
+        for (const Piece &piece : plan_.pieces) {
+            for (std::uint64_t left = piece.planned; left != 0; left -= repeated.back().planned) {
+                repeated.push_back({piece.offset, piece.span, static_cast<std::uint32_t>(std::min(left, share_))});
+            }
+        }
+        plan_.pieces = std::move(repeated);
+    }
+    return std::move(plan_);
 }
 
 void PlanBuilder::add(Range range) {

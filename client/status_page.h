@@ -46,6 +46,8 @@ class StatusPage {
     std::uint64_t cluster_size() const; // 64 KiB if the server does not say
     std::optional<std::uint64_t> ideal_end() const { return number({"compact", "ideal_end"}); }
     std::optional<std::uint64_t> pending() const { return number({"compact", "pending"}); }
+    // What one request on `compact` does at the most, if the server says: then it may be asked for any range.
+    std::optional<std::uint64_t> most_by_request() const { return number({"compact", "most_by_request"}); }
     std::optional<Owner> owner() const;
     std::string last_error() const { return text({"last_error"}); }
     // Of the guest's requests in the last second or so; nothing if it made none, or the server does not say.

@@ -76,6 +76,11 @@ class Allocator {
     Reservation reserve(std::uint64_t count, Growth growth);
     /// Up to `count` clusters below `limit` (and not below `floor`), lowest first; never grows the file.
     Reservation reserve_below(std::uint64_t count, HostCluster limit, HostCluster floor = {0});
+    /// Up to `count` clusters that are free below `limit` (and not below `floor`) and may be handed out, lowest first.
+    /// They are not taken: by the time that reserve_at() is called for one, somebody else may have it.
+    std::vector<HostCluster> lowest_free(std::uint64_t count, HostCluster limit, HostCluster floor = {0}) const;
+    /// This one, or none.
+    Reservation reserve_at(HostCluster c);
     enum class Embargo { respected, lifted };
     /// Exactly `count` adjacent clusters below `limit` (and not below `floor`), or none. The only way to get what is
     /// under embargo.
@@ -207,6 +212,8 @@ class Allocator {
     void load_last_region();
     bool grow(std::uint64_t count);
     Reservation finish(std::vector<Extent> extents);
+    void bridge(std::vector<HostRun> &withdrawn, std::uint64_t most);
+    bool under_embargo(std::uint64_t c) const { return c >= embargo_.first.value && c < embargo_.end().value; }
 
     Geometry geometry_;
     File &file_;

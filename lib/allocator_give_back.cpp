@@ -63,13 +63,37 @@ void Allocator::settle(const std::vector<HostRun> &runs, const std::vector<HostR
     }
 }
 
+/// Where there is nothing but holes between two runs, the two become one, which takes one call; unless it gets longer
+/// than `most` clusters.
+void Allocator::bridge(std::vector<HostRun> &withdrawn, std::uint64_t most) {
+    std::vector<HostRun> joined;
+    for (const HostRun &run : withdrawn) {
+        if (!joined.empty()) {
+            const std::uint64_t from = joined.back().end().value, to = run.first.value;
+            std::uint64_t c = from;
+            while (c < to && run.end() - joined.back().first <= most && free_.get(c) && zero_.get(c))
+                ++c;
+            if (c == to) {
+                for (c = from; c < to; ++c)
+                    free_.clear(c);
+                free_count_ -= to - from;
+                punching_ += to - from;
+                append_run(joined, {{from}, to - from});
+            }
+        }
+        append_run(joined, run);
+    }
+    withdrawn.swap(joined);
+}
+
 bool Allocator::punch_step(std::uint64_t max_bytes) {
     std::vector<HostRun> withdrawn;
     {
         const std::lock_guard guard(mutex_);
         if (poisoned_.load(std::memory_order_acquire) || punch_queue_.empty())
             return false;
-        std::uint64_t budget = std::max<std::uint64_t>(max_bytes / geometry_.cluster_size(), 1);
+        const std::uint64_t most = std::max<std::uint64_t>(max_bytes / geometry_.cluster_size(), 1);
+        std::uint64_t budget = most;
         while (budget > 0 && !punch_queue_.empty()) {
             HostRun &front = punch_queue_.front();
             const std::uint64_t n = std::min(front.count, budget);
@@ -90,8 +114,9 @@ bool Allocator::punch_step(std::uint64_t max_bytes) {
             if (front.count == 0)
                 punch_queue_.pop_front();
         }
+        coalesce(withdrawn);
+        bridge(withdrawn, most);
     }
-    coalesce(withdrawn);
     std::vector<bool> punched(withdrawn.size());
     std::exception_ptr error;
     for (std::size_t i = 0; i < withdrawn.size(); ++i) {

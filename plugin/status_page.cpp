@@ -3,6 +3,7 @@
 #include "status_page.h"
 
 #include "guard.h"
+#include "lib/compact/compact.h"
 #include "lib/posix_file.h"
 #include "lib/thread_safety.h"
 #include "nbdkit.h"
@@ -113,6 +114,7 @@ std::string make_status_page(Server &server) {
     }
     page["compact"] = {{"ideal_end", known(server.gauges.ideal_end)},
                        {"pending", known(server.gauges.pending)},
+                       {"most_by_request", Compact::most_by_request},
                        {"moved_bytes", server.gauges.moved_bytes.load()},
                        {"given_back_bytes", server.gauges.given_back_bytes.load()}};
     page["compression"] = {{"decompressed", state.compressed.decompressed()},

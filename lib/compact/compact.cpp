@@ -2,9 +2,6 @@
 // Copyright (c) 2026, the qlean authors
 #include "compact.h"
 
-#include "metadata_moves.h"
-#include "relocator.h"
-
 namespace qlean {
 
 namespace {
@@ -14,14 +11,13 @@ constexpr std::uint64_t batch = 4096;
 constexpr std::uint64_t max_moved_bytes = 32 * 1024 * 1024;
 constexpr std::uint64_t min_moved_bytes = 1024 * 1024;
 constexpr std::uint64_t ideal_share = 104;
-/// Between two places that are written out by one call.
-constexpr std::uint64_t gap_bytes = 1024 * 1024;
 
 } // namespace
 
-Compact::Compact(Image &image, MoveOwnership &ownership, Gauges &gauges, std::uint64_t connection)
+Compact::Compact(Image &image, MoveOwnership &ownership, Gauges &gauges, std::uint64_t connection, std::uint64_t most)
     : image_(image), state_(image.state()), ownership_(ownership), gauges_(gauges), connection_(connection),
-      repacker_(image), uncommitted_([&image] { image.give_back(); }) {}
+      most_(std::max<std::uint64_t>(most / state_.geometry.cluster_size(), 1)), repacker_(image),
+      uncommitted_([&image] { image.give_back(); }) {}
 
 Compact::~Compact() {
     uncommitted_.stop();
@@ -102,6 +98,10 @@ void Compact::measure() {
 /// Bytes that may be moved and still occupy their source: less than one percent of what the image will be.
 std::uint64_t Compact::most_uncommitted(HostCluster end) const {
     return std::clamp(state_.geometry.bytes(end.value) / ideal_share, min_moved_bytes, max_moved_bytes);
+}
+
+Uncommitted::Share Compact::room_for(std::uint64_t bytes, const Wanted &want) {
+    return uncommitted_.take(bytes, most_uncommitted(want.end));
 }
 
 Compact::Wanted Compact::wanted(const StopCheck &stop) {
@@ -185,97 +185,6 @@ std::vector<Maintenance::Planned> Compact::plan(GuestOffset at, std::uint64_t le
     if (planned.size() > most)
         planned.resize(most);
     return planned;
-}
-
-// --- doing --------------------------------------------------------------------------------------------------------
-
-Compact::Work Compact::find_work(GuestCluster first, GuestCluster last, const Wanted &want) {
-    const HostCluster end = want.end;
-    const Geometry &g = state_.geometry;
-    Work work;
-    std::vector<Mapping> mappings;
-    for (GuestCluster c = first; c <= last;) {
-        const GuestCluster stop = std::min({last + 1, state_.mapper.table_end(c), c + batch});
-        if (state_.mapper.has_table(c)) {
-            mappings.resize(stop - c);
-            state_.mapper.survey(c, mappings);
-            bool asked_for_table = g.cluster_of(state_.l1.table(g.l1_index(c))) < end;
-            for (std::size_t i = 0; i < mappings.size(); ++i) {
-                if (to_repack(mappings[i], want))
-                    work.extents.emplace_back(c + i, mappings[i].bits);
-                if (!mappings[i].has_host())
-                    continue;
-                if (state_.mapper.is_in_image(mappings[i]) && mappings[i].host >= end)
-                    work.clusters.emplace_back(c + i, mappings[i].host);
-                if (!asked_for_table) {
-                    asked_for_table = true;
-                    if (table_moves_with(c + i, mappings, c, end))
-                        work.tables.push_back(g.l1_index(c));
-                }
-            }
-        }
-        c = stop;
-    }
-    return work;
-}
-
-Uncommitted::Share Compact::room_for(std::uint64_t bytes, const Wanted &want) {
-    return uncommitted_.take(bytes, most_uncommitted(want.end));
-}
-
-void Compact::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) {
-    const Geometry &g = state_.geometry;
-    state_.write_back.before_change();
-    ownership_.claim(name_, connection_);
-    const Wanted want = wanted(stop);
-    const HostCluster end = want.end;
-    {
-        // Before anything moves: what has moved is no longer what the walk found.
-        const std::lock_guard guard(mutex_);
-        retire_leaked(stop);
-    }
-    const Work work = find_work(g.cluster_of(at), g.cluster_of(at + (length - 1)), want);
-    if (!work.tables.empty()) {
-        const auto no_walk = keep_walks_out();
-        state_.write_back.lead([&] {
-            for (const std::uint64_t i : work.tables)
-                if (move_l2_table(state_, i, end))
-                    gauges_.moved_bytes += g.cluster_size();
-        });
-    }
-    if (!work.clusters.empty())
-        move_plain(work, want, stop);
-    move_extents(work, want, stop);
-}
-
-void Compact::move_plain(const Work &work, const Wanted &want, const StopCheck &stop) {
-    const Geometry &g = state_.geometry;
-    if (want.emptied && state_.allocator.retired_bytes() != 0 &&
-        state_.allocator.free_below(want.end) - state_.allocator.free_below(want.site_end) < work.clusters.size())
-        image_.give_back(); // what was emptied just now
-    // All destinations at once, so that requests in parallel do not shred guest order.
-    auto room = state_.allocator.reserve_below(work.clusters.size(), want.end, want.site_end);
-    std::vector<HostRun> written;
-    for (const auto &[cluster, source] : work.clusters) {
-        if (room.empty())
-            break;
-        require_going(stop);
-        auto share = room_for(g.cluster_size(), want);
-        const auto destination = relocate_into(state_, cluster, source, room, [&] { image_.give_back(); });
-        if (!destination)
-            continue;
-        share.moved();
-        append_run(written, destination->run);
-        gauges_.moved_bytes += g.cluster_size();
-    }
-    // Early, so that nobody's sync has much to wait for; with what little of others lies in between.
-    for (auto run = written.begin(); run != written.end();) {
-        const HostCluster first = run->first;
-        HostCluster last = run->end();
-        for (++run; run != written.end() && run->first >= last && g.bytes(run->first - last) <= gap_bytes; ++run)
-            last = run->end();
-        state_.data.start_writing_out(g.offset_of(first), g.bytes(last - first));
-    }
 }
 
 } // namespace qlean

@@ -23,7 +23,11 @@ namespace qlean {
 
 class Compact final : public Maintenance {
   public:
-    Compact(Image &image, MoveOwnership &ownership, Gauges &gauges, std::uint64_t connection);
+    static constexpr std::uint64_t most_by_request = 32 * 1024 * 1024;
+
+    /// `most`: bytes of clusters that one run() moves. A range with more to move wants to be asked for again.
+    Compact(Image &image, MoveOwnership &ownership, Gauges &gauges, std::uint64_t connection,
+            std::uint64_t most = most_by_request);
     ~Compact() override;
 
     std::vector<Planned> plan(GuestOffset at, std::uint64_t length, std::size_t most,
@@ -57,6 +61,10 @@ class Compact final : public Maintenance {
     bool to_repack(const Mapping &mapping, const Wanted &wanted) const;
     Work find_work(GuestCluster first, GuestCluster last, const Wanted &want);
     void move_plain(const Work &work, const Wanted &want, const StopCheck &stop);
+    class Written;
+    void move_highest(const Work &work, const Wanted &want, Written &written, const StopCheck &stop);
+    void move_one(GuestCluster cluster, HostCluster source, Allocator::Reservation &room, const Wanted &want,
+                  Written &written, const StopCheck &stop);
     void move_extents(const Work &work, const Wanted &want, const StopCheck &stop);
     bool repack(GuestCluster c, std::uint64_t descriptor, const Wanted &want);
     Repacker::Outcome move_extent(GuestCluster c, std::uint64_t descriptor, const Wanted &want);
@@ -78,6 +86,7 @@ class Compact final : public Maintenance {
     MoveOwnership &ownership_;
     Gauges &gauges_;
     const std::uint64_t connection_;
+    const std::uint64_t most_; ///< clusters that one request moves
     const std::string name_ = "compact";
 
     std::mutex mutex_; // protects what follows; never held over data I/O by run()

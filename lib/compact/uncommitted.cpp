@@ -11,7 +11,7 @@ namespace qlean {
 namespace {
 
 /// So much of the limit is worth a commit. Less, and there are many; more, and who moves has to wait for one.
-constexpr std::uint64_t worth_share = 4;
+constexpr std::uint64_t worth_share = 2;
 
 } // namespace
 

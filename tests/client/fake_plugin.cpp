@@ -12,6 +12,7 @@
 //   pattern=OP:PERIOD:LENGTH  LENGTH to do at each PERIOD
 //   cache-ms=N flush-ms=N extents-ms=N   how long each request takes
 //   pending=N pending-step=N  metadata clusters to move, and how many one FLUSH moves (default 16)
+//   most-by-request=N       status tells of it; CACHE on compact does so much of its range, from the end of it
 //   busy=OP                 CACHE fails with EPERM and status names an owner
 //   refuse=TEXT             CACHE fails with EPERM and status.last_error is TEXT
 //   error-after=N:ERRNO     the N-th CACHE and all later ones fail with EIO, ENOSPC or ESHUTDOWN
@@ -60,6 +61,7 @@ struct Settings {
     unsigned flush_ms = 0;
     unsigned extents_ms = 0;
     uint64_t pending_step = 16;
+    uint64_t most_by_request = 0;
     std::string busy, refuse, stuck, version = "1.40.0", log;
     uint64_t error_after = 0;
     int error_number = EIO;
@@ -145,6 +147,8 @@ int config(const char *raw_key, const char *raw_value) {
         pending = number(value);
     } else if (key == "pending-step") {
         settings.pending_step = number(value);
+    } else if (key == "most-by-request") {
+        settings.most_by_request = number(value);
     } else if (key == "busy") {
         settings.busy = value;
     } else if (key == "refuse") {
@@ -281,6 +285,9 @@ std::string make_page() {
                  {"poisoned", false},
                  {"a_field_from_the_future", {1, 2, 3}},
                  {"last_error", last_error.empty() ? json() : json(last_error)}};
+    if (settings.most_by_request != 0) {
+        page["compact"]["most_by_request"] = settings.most_by_request;
+    }
     if (settings.guest_p99 != 0) {
         page["guest"]["latency_us"]["p99"] = settings.guest_p99;
     }
@@ -383,8 +390,10 @@ int cache(void *handle, uint32_t count, uint64_t offset, uint32_t) {
     lock.lock();
     if (error == 0 && h.name != settings.stuck) {
         auto &plan = plans[h.name];
-        for (uint64_t at = offset / unit; at * unit < offset + count; at++) {
-            plan[at] = false;
+        uint64_t most = h.name == "compact" && settings.most_by_request != 0 ? settings.most_by_request : settings.size;
+        for (uint64_t at = (offset + count + unit - 1) / unit; at > offset / unit && most >= unit; at--) {
+            most -= plan[at - 1] ? unit : 0;
+            plan[at - 1] = false;
         }
     }
     record("cache-end", h, {{"offset", offset}, {"length", count}, {"error", error}});

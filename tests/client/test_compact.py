@@ -94,6 +94,53 @@ class Compact(Case):
         self.assert_covers(server, "compact", [(i * 524288, 65536) for i in range(2048)])
         self.assertEqual(summary["operations"][0]["handled_bytes"], 2048 * 65536)
 
+    def test_wide_where_the_server_bounds_a_request(self):
+        for version in ("1.32.5", "1.40.0"):
+            with self.subTest(version=version):
+                self.setUp()
+                server = self.server("size=1G", "pattern=compact:512K:64K", "most-by-request=8M", "version=" + version)
+                summary = self.run_json("compact", "--no-zeroes", server.socket)
+                requests = events(server.log(), "cache")
+                # One range for all that is to do, as often as it takes, one at a time; nothing is left for a second pass.
+                self.assertEqual({(e["offset"], e["length"]) for e in requests}, {(0, 1024 * M - 512 * 1024 + 65536)})
+                self.assertEqual(len(requests), 128 // 8)
+                self.assertEqual(max(e["in_flight"] for e in server.log()), 1)
+                self.assertEqual(summary["operations"][0]["handled_bytes"], 128 * M)
+                self.assertEqual(summary["operations"][0]["passes"], 1)
+                server.stop()
+
+    def test_wide_beyond_one_request(self):
+        server = self.server("size=20G", "todo=compact:0+64K", "todo=compact:3G+64M", "todo=compact:9G+64K",
+                             "todo=compact:19G+1G", "most-by-request=512M")
+        summary = self.run_json("compact", "--no-zeroes", server.socket)
+        requests = [(e["offset"], e["length"]) for e in events(server.log(), "cache")]
+        for offset, length in requests:
+            self.assertLess(length, 1 << 32)
+        self.assertEqual(len(requests), 4)  # 0 with 3G, 9G, and 19G twice
+        self.assertEqual(summary["operations"][0]["remaining_bytes"], 0)
+
+    def test_what_a_wide_pass_leaves_is_done_piece_by_piece(self):
+        server = self.server("size=1G", "todo=compact:0+512M", "most-by-request=65536", "cache-ms=1")
+        summary = self.run_json("compact", "--no-zeroes", server.socket)
+        # At least 1 MiB is believed of a request, and this server does 64 KiB: so the wide pass, of 512 requests, does
+        # 32 MiB. Those of the passes after it, piece by piece, do 64 KiB each as well, and there are many.
+        lengths = [e["length"] for e in events(server.log(), "cache")]
+        self.assertEqual(lengths[:512], [512 * M] * 512)
+        self.assertLessEqual(max(lengths[512:]), 16 * M)
+        self.assertGreater(summary["operations"][0]["passes"], 2)
+        self.assertEqual(summary["operations"][0]["remaining_bytes"], 0)
+
+    def test_beside_a_guest_and_under_a_limit_piece_by_piece(self):
+        for setting, option in (("guest-p99=100", []), ("pending=0", ["--max-rate", "1G"])):
+            with self.subTest(setting=setting):
+                self.setUp()
+                server = self.server("size=64M", "todo=compact:0+16M", "most-by-request=32M", setting)
+                self.run_qlean("compact", "--no-zeroes", *option, server.socket)
+                self.assert_covers(server, "compact", [(0, 16 * M)])
+                for e in events(server.log(), "cache"):
+                    self.assertLessEqual(e["length"], 4 * M)
+                server.stop()
+
     def test_distant_ranges_do_not(self):
         server = self.server("size=1G", "todo=compact:0+64K", "todo=compact:512M+64K")
         self.run_qlean("compact", "--no-zeroes", server.socket)

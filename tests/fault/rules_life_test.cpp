@@ -262,7 +262,8 @@ TEST_CASE("B3: nothing is punched or cut off in one step of more than 32 MiB, an
     {
         Compact compact(*image, ownership, gauges, 1);
         (void)compact.plan({0}, image->size(), 1000);
-        compact.run({0}, image->size(), never); // a careless client: everything in one request
+        for (int request = 0; request < 2; ++request)
+            compact.run({0}, image->size(), never); // a careless client: everything in one request
         compact.commit(never);
     }
     CHECK(gauges.moved_bytes > bound);

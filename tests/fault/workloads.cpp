@@ -249,8 +249,13 @@ Run start(const Workload &workload, std::uint64_t seed) {
 void compact_all(Image &image, const std::function<void()> &between) {
     MoveOwnership ownership;
     Gauges gauges;
-    Compact compact(image, ownership, gauges, 1);
     const std::uint64_t piece = image.geometry().bytes(16);
+    Compact compact(image, ownership, gauges, 1, piece);
+    for (int wide = 0; wide < 2; ++wide) { // as much as one request does; the rest piece by piece
+        compact.run({0}, image.size(), go_on);
+        if (between)
+            between();
+    }
     for (int pass = 0; pass < 4; ++pass) {
         bool any = false;
         for (const auto &planned : compact.plan({0}, image.size(), all))

@@ -139,8 +139,12 @@ void child(const char *path, std::uint64_t seed, unsigned threads) {
                 if (connection % 4 == 0)
                     op = std::make_unique<ZeroScan>(*image, gauges);
                 else
-                    op = std::make_unique<Compact>(*image, ownership, gauges, connection);
+                    op = std::make_unique<Compact>(*image, ownership, gauges, connection,
+                                                   connection % 2 ? Compact::most_by_request
+                                                                  : image->geometry().bytes(7));
                 for (int round = 0; round < 2; ++round) {
+                    if (connection % 2 == 0)
+                        op->run({0}, image->size(), [] { return false; });
                     for (const auto &p : op->plan({0}, image->size(), 100000))
                         if (p.to_do)
                             op->run(p.at, p.length, [] { return false; });

@@ -201,8 +201,12 @@ int main(int argc, char **argv) try {
                 if (maintenance == "zeroes" || (maintenance == "all" && random() % 4 == 0))
                     op = std::make_unique<ZeroScan>(*image, gauges);
                 else
-                    op = std::make_unique<Compact>(*image, ownership, gauges, ++connection);
+                    op =
+                        std::make_unique<Compact>(*image, ownership, gauges, ++connection,
+                                                  random() % 2 ? Compact::most_by_request : image->geometry().bytes(7));
                 for (int round = 0; round < 3; ++round) {
+                    if (connection % 2 == 0)
+                        unless_busy([&] { op->run({0}, image->size(), go_on); });
                     const auto plan = op->plan({0}, image->size(), 100000);
                     std::atomic<std::size_t> next{0};
                     std::vector<std::thread> workers;

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the qlean authors
+//
+// What Compact does in CACHE: the clusters of a range go down. A short range is moved as a whole, in guest order. Of a
+// long one goes what lies highest in the file, so much of it that the request ends soon: neighbours there leave one
+// hole, and each still gets the place that guest order gives it.
+#include "compact.h"
+
+#include "metadata_moves.h"
+#include "relocator.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace qlean {
+
+namespace {
+
+constexpr std::uint64_t batch = 4096;
+/// Clusters to move that are looked for in one range: bounds the memory.
+constexpr std::size_t most_found = std::size_t{1} << 20;
+/// Between two places that are written out by one call.
+constexpr std::uint64_t gap_bytes = 1024 * 1024;
+/// Moved before they are written out.
+constexpr std::uint64_t write_out_bytes = 2 * 1024 * 1024;
+
+} // namespace
+
+Compact::Work Compact::find_work(GuestCluster first, GuestCluster last, const Wanted &want) {
+    const HostCluster end = want.end;
+    const Geometry &g = state_.geometry;
+    Work work;
+    std::vector<Mapping> mappings;
+    for (GuestCluster c = first; c <= last && work.clusters.size() < most_found;) {
+        const GuestCluster stop = std::min({last + 1, state_.mapper.table_end(c), c + batch});
+        if (state_.mapper.has_table(c)) {
+            mappings.resize(stop - c);
+            state_.mapper.survey(c, mappings);
+            bool asked_for_table = g.cluster_of(state_.l1.table(g.l1_index(c))) < end;
+            for (std::size_t i = 0; i < mappings.size(); ++i) {
+                if (to_repack(mappings[i], want))
+                    work.extents.emplace_back(c + i, mappings[i].bits);
+                if (!mappings[i].has_host())
+                    continue;
+                if (state_.mapper.is_in_image(mappings[i]) && mappings[i].host >= end)
+                    work.clusters.emplace_back(c + i, mappings[i].host);
+                if (!asked_for_table) {
+                    asked_for_table = true;
+                    if (table_moves_with(c + i, mappings, c, end))
+                        work.tables.push_back(g.l1_index(c));
+                }
+            }
+        }
+        c = stop;
+    }
+    return work;
+}
+
+void Compact::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) {
+    const Geometry &g = state_.geometry;
+    state_.write_back.before_change();
+    ownership_.claim(name_, connection_);
+    const Wanted want = wanted(stop);
+    const HostCluster end = want.end;
+    {
+        // Before anything moves: what has moved is no longer what the walk found.
+        const std::lock_guard guard(mutex_);
+        retire_leaked(stop);
+    }
+    const Work work = find_work(g.cluster_of(at), g.cluster_of(at + (length - 1)), want);
+    if (!work.tables.empty()) {
+        const auto no_walk = keep_walks_out();
+        state_.write_back.lead([&] {
+            for (const std::uint64_t i : work.tables)
+                if (move_l2_table(state_, i, end))
+                    gauges_.moved_bytes += g.cluster_size();
+        });
+    }
+    if (!work.clusters.empty())
+        move_plain(work, want, stop);
+    move_extents(work, want, stop);
+}
+
+/// The destinations that were written to. They are written out early, so that nobody's sync has much to wait for; with
+/// what little of others lies in between.
+class Compact::Written {
+  public:
+    explicit Written(State &state) : state_(state) {}
+    ~Written() { write_out(); }
+    void add(HostRun run) {
+        append_run(runs_, run);
+        count_ += run.count;
+        if (state_.geometry.bytes(count_) >= write_out_bytes)
+            write_out();
+    }
+
+  private:
+    void write_out() {
+        const Geometry &g = state_.geometry;
+        coalesce(runs_);
+        for (auto run = runs_.begin(); run != runs_.end();) {
+            const HostCluster first = run->first;
+            HostCluster last = run->end();
+            for (++run; run != runs_.end() && g.bytes(run->first - last) <= gap_bytes; ++run)
+                last = run->end();
+            state_.data.start_writing_out(g.offset_of(first), g.bytes(last - first));
+        }
+        runs_.clear();
+        count_ = 0;
+    }
+
+    State &state_;
+    std::vector<HostRun> runs_;
+    std::uint64_t count_ = 0;
+};
+
+void Compact::move_plain(const Work &work, const Wanted &want, const StopCheck &stop) {
+    if (want.emptied && state_.allocator.retired_bytes() != 0 &&
+        state_.allocator.free_below(want.end) - state_.allocator.free_below(want.site_end) < work.clusters.size())
+        image_.give_back(); // what was emptied just now
+    Written written(state_);
+    if (work.clusters.size() > most_)
+        return move_highest(work, want, written, stop);
+    // All destinations at once, so that requests in parallel do not shred guest order.
+    auto room = state_.allocator.reserve_below(work.clusters.size(), want.end, want.site_end);
+    for (const auto &[cluster, source] : work.clusters) {
+        if (room.empty())
+            break;
+        move_one(cluster, source, room, want, written, stop);
+    }
+}
+
+/// The n-th cluster of those that there is room for gets the n-th free place. As both are taken out together, the next
+/// request for the range finds the same places for the rest.
+void Compact::move_highest(const Work &work, const Wanted &want, Written &written, const StopCheck &stop) {
+    const auto places = state_.allocator.lowest_free(work.clusters.size(), want.end, want.site_end);
+    const auto source_of = [&](std::size_t n) { return work.clusters[n].second; };
+    const auto keep_highest = [&](std::vector<std::size_t> &of, std::size_t count) {
+        if (of.size() <= count)
+            return;
+        const auto middle = of.begin() + static_cast<std::ptrdiff_t>(count);
+        std::nth_element(of.begin(), middle, of.end(),
+                         [&](std::size_t a, std::size_t b) { return source_of(a) > source_of(b); });
+        of.erase(middle, of.end());
+    };
+    std::vector<std::size_t> chosen(work.clusters.size());
+    std::iota(chosen.begin(), chosen.end(), std::size_t{0});
+    keep_highest(chosen, places.size());
+    std::sort(chosen.begin(), chosen.end());
+    std::vector<HostCluster> place_of(work.clusters.size());
+    for (std::size_t i = 0; i < chosen.size(); ++i)
+        place_of[chosen[i]] = places[i];
+    keep_highest(chosen, most_);
+    std::sort(chosen.begin(), chosen.end(), [&](std::size_t a, std::size_t b) { return source_of(a) < source_of(b); });
+    for (const std::size_t n : chosen) {
+        auto room = state_.allocator.reserve_at(place_of[n]);
+        if (room.empty()) // somebody else's by now
+            room = state_.allocator.reserve_below(1, want.end, want.site_end);
+        if (room.empty())
+            break;
+        move_one(work.clusters[n].first, source_of(n), room, want, written, stop);
+    }
+}
+
+void Compact::move_one(GuestCluster cluster, HostCluster source, Allocator::Reservation &room, const Wanted &want,
+                       Written &written, const StopCheck &stop) {
+    require_going(stop);
+    const std::uint64_t bytes = state_.geometry.cluster_size();
+    auto share = room_for(bytes, want);
+    const auto destination = relocate_into(state_, cluster, source, room, [&] { image_.give_back(); });
+    if (!destination)
+        return;
+    share.moved();
+    written.add(destination->run);
+    gauges_.moved_bytes += bytes;
+}
+
+} // namespace qlean
