@@ -50,7 +50,7 @@ Allocator::Reservation::~Reservation() {
 void Allocator::Reservation::publish() {
     if (extents_.empty())
         return;
-    const std::lock_guard guard(allocator_->mutex_);
+    const Lock guard(allocator_->mutex_);
     for (const Extent &e : extents_)
         allocator_->no_longer_reserved(e.run);
     extents_.clear();
@@ -67,7 +67,7 @@ Allocator::Extent Allocator::Reservation::take_first() {
     Extent &front = extents_.front();
     const Extent first{{front.run.first, 1}, front.zero};
     {
-        const std::lock_guard guard(allocator_->mutex_);
+        const Lock guard(allocator_->mutex_);
         allocator_->no_longer_reserved(first.run);
     }
     ++front.run.first;
@@ -190,11 +190,7 @@ std::optional<std::uint64_t> Allocator::unloaded_region() const {
 Allocator::Reservation Allocator::reserve(std::uint64_t count, Growth growth) {
     std::vector<Extent> extents;
     std::uint64_t have = 0;
-    std::unique_lock guard(mutex_);
-    const auto give_up = [&] {
-        untake(extents);
-        return Reservation{};
-    };
+    Lock guard(mutex_);
     for (;;) {
         take_lowest(count - have, end_, extents);
         have = 0;
@@ -215,7 +211,7 @@ Allocator::Reservation Allocator::reserve(std::uint64_t count, Growth growth) {
             continue;
         }
         if (growth == Growth::after_commit && worth_a_commit())
-            return give_up();
+            break;
         guard.unlock();
         bool grown = false;
         try {
@@ -227,19 +223,21 @@ Allocator::Reservation Allocator::reserve(std::uint64_t count, Growth growth) {
         }
         guard.lock();
         if (!grown)
-            return give_up();
+            break;
     }
+    untake(extents);
+    return {};
 }
 
 Allocator::Reservation Allocator::reserve_below(std::uint64_t count, HostCluster limit, HostCluster floor) {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     std::vector<Extent> extents;
     take_lowest(count, limit.value, extents, floor.value);
     return finish(std::move(extents));
 }
 
 std::vector<HostCluster> Allocator::lowest_free(std::uint64_t count, HostCluster limit, HostCluster floor) const {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     std::vector<HostCluster> found;
     const std::uint64_t stop = std::min(limit.value, end());
     for (std::uint64_t c = std::max(lowest_, floor.value); c < stop && found.size() < count; ++c) {
@@ -256,7 +254,7 @@ std::vector<HostCluster> Allocator::lowest_free(std::uint64_t count, HostCluster
 }
 
 Allocator::Reservation Allocator::reserve_at(HostCluster c) {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     std::vector<Extent> extents;
     if (c.value < end() && free_.get(c.value) && !under_embargo(c.value))
         take(c.value, extents);
@@ -265,7 +263,7 @@ Allocator::Reservation Allocator::reserve_at(HostCluster c) {
 
 Allocator::Reservation Allocator::reserve_contiguous_below(std::uint64_t count, HostCluster limit, HostCluster floor,
                                                            Embargo embargo) {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     const std::uint64_t stop = std::min(limit.value, end());
     std::uint64_t run = 0;
     for (std::uint64_t c = std::max(lowest_, floor.value); c < stop; ++c) {
@@ -296,14 +294,14 @@ Allocator::Reservation Allocator::reserve_contiguous(std::uint64_t count) {
 }
 
 void Allocator::embargo(HostRun run) {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     embargo_ = run;
     if (run.count != 0)
         lowest_ = std::min(lowest_, run.first.value);
 }
 
 void Allocator::with_fixed_length(const std::function<void(std::uint64_t)> &task) {
-    const std::lock_guard guard(length_mutex_);
+    const Lock guard(length_mutex_);
     task(end());
 }
 
@@ -325,7 +323,7 @@ void Allocator::load_last_region() {
 
 bool Allocator::grow(std::uint64_t count) {
     load_last_region();
-    const std::lock_guard length_guard(length_mutex_);
+    const Lock length_guard(length_mutex_);
     const std::uint64_t old_end = end();
     const std::uint64_t covered = covered_end();
     if (covered < old_end + count)
@@ -333,7 +331,7 @@ bool Allocator::grow(std::uint64_t count) {
     const std::uint64_t step = std::max(count, growth_bytes / geometry_.cluster_size());
     const std::uint64_t new_end = std::min(old_end + step, covered);
     file_.truncate(geometry_.bytes(new_end));
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     resize_maps(new_end);
     const std::uint64_t first_region = old_end / refcounts_.region_clusters();
     // A region that begins at or beyond the old end has nothing in it but what is handed out from here on.
@@ -347,11 +345,11 @@ bool Allocator::grow(std::uint64_t count) {
 
 void Allocator::claim_beyond(HostCluster first, std::uint64_t count) {
     load_last_region();
-    const std::lock_guard length_guard(length_mutex_);
+    const Lock length_guard(length_mutex_);
     const std::uint64_t old_end = end();
     const std::uint64_t new_end = std::max(old_end, first.value + count);
     file_.truncate(geometry_.bytes(new_end));
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     resize_maps(new_end);
     for (std::uint64_t r = old_end / refcounts_.region_clusters(); r < loaded_.size(); ++r)
         if (r * refcounts_.region_clusters() >= old_end)
@@ -364,10 +362,10 @@ void Allocator::claim_beyond(HostCluster first, std::uint64_t count) {
 // --- the free map -------------------------------------------------------------------------------------------------
 
 void Allocator::load_region(std::uint64_t region) {
-    const std::lock_guard load_guard(load_mutex_);
+    const Lock load_guard(load_mutex_);
     const std::uint64_t first = region * refcounts_.region_clusters();
     {
-        const std::lock_guard guard(mutex_);
+        const Lock guard(mutex_);
         if (region >= loaded_.size() || loaded_[region] || !refcounts_.linked(region))
             return;
     }
@@ -387,7 +385,7 @@ void Allocator::load_region(std::uint64_t region) {
         if (count == 0 && !(c < known_metadata_.size() && known_metadata_[c]))
             free.push_back(c);
     });
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     loaded_[region] = true;
     while (next_unloaded_ < loaded_.size() && loaded_[next_unloaded_])
         ++next_unloaded_;
@@ -400,7 +398,7 @@ void Allocator::load_all() {
     for (;;) {
         std::optional<std::uint64_t> region;
         {
-            const std::lock_guard guard(mutex_);
+            const Lock guard(mutex_);
             region = unloaded_region();
         }
         if (!region)
@@ -416,17 +414,17 @@ void Allocator::load_regions_of(const std::vector<HostRun> &runs) {
 }
 
 Allocator::Counts Allocator::counts() const {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     return {end_, free_count_, punching_, retired_.load(std::memory_order_relaxed), !unloaded_region()};
 }
 
 std::uint64_t Allocator::waiting_to_punch_bytes() const {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     return geometry_.bytes(queued_);
 }
 
 HostCluster Allocator::highest_in_use(HostCluster from) const {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     std::uint64_t c = end_;
     while (c > from.value && free_.get(c - 1))
         --c;
@@ -434,7 +432,7 @@ HostCluster Allocator::highest_in_use(HostCluster from) const {
 }
 
 std::uint64_t Allocator::free_below(HostCluster limit) const {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     const std::uint64_t stop = std::min(limit.value, end());
     std::uint64_t n = 0;
     for (std::uint64_t w = 0; w < divide_up(stop, 64); ++w) {
@@ -447,14 +445,14 @@ std::uint64_t Allocator::free_below(HostCluster limit) const {
 }
 
 bool Allocator::is_free(HostCluster c) const {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     return c.value >= end_ || free_.get(c.value);
 }
 
 // --- watching -----------------------------------------------------------------------------------------------------
 
 Allocator::Watch::Watch(Allocator &allocator) : allocator_(allocator) {
-    const std::lock_guard guard(allocator_.mutex_);
+    const Lock guard(allocator_.mutex_);
     touched_.resize(allocator_.reserved_.words() * 64);
     for (std::uint64_t w = 0; w < allocator_.reserved_.words(); ++w)
         for (std::uint64_t word = allocator_.reserved_.word(w); word != 0; word &= word - 1)
@@ -463,17 +461,17 @@ Allocator::Watch::Watch(Allocator &allocator) : allocator_(allocator) {
 }
 
 Allocator::Watch::~Watch() {
-    const std::lock_guard guard(allocator_.mutex_);
+    const Lock guard(allocator_.mutex_);
     std::erase(allocator_.watches_, this);
 }
 
 std::vector<bool> Allocator::Watch::touched() const {
-    const std::lock_guard guard(allocator_.mutex_);
+    const Lock guard(allocator_.mutex_);
     return touched_;
 }
 
 bool Allocator::Watch::touched(HostCluster c) const {
-    const std::lock_guard guard(allocator_.mutex_);
+    const Lock guard(allocator_.mutex_);
     return c.value < touched_.size() && touched_[c.value];
 }
 

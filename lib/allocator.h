@@ -16,13 +16,13 @@
 #include "address.h"
 #include "file.h"
 #include "refcounts.h"
+#include "thread_safety.h"
 
 #include <array>
 #include <atomic>
 #include <deque>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <vector>
 
@@ -197,23 +197,25 @@ class Allocator {
     };
 
     std::uint64_t regions() const { return divide_up(end_, refcounts_.region_clusters()); }
-    // With the mutex held:
-    void take_lowest(std::uint64_t count, std::uint64_t limit, std::vector<Extent> &extents, std::uint64_t floor = 0);
-    void take(std::uint64_t c, std::vector<Extent> &extents);
-    void untake(std::vector<Extent> &extents);
-    void add_free(std::uint64_t c, bool zero);
-    void note(HostRun run);
-    void no_longer_reserved(HostRun run);
-    void resize_maps(std::uint64_t end);
-    bool worth_a_commit() const;
-    std::optional<std::uint64_t> unloaded_region() const;
+    void take_lowest(std::uint64_t count, std::uint64_t limit, std::vector<Extent> &extents, std::uint64_t floor = 0)
+        WITH_LOCK(mutex_);
+    void take(std::uint64_t c, std::vector<Extent> &extents) WITH_LOCK(mutex_);
+    void untake(std::vector<Extent> &extents) WITH_LOCK(mutex_);
+    void add_free(std::uint64_t c, bool zero) WITH_LOCK(mutex_);
+    void note(HostRun run) WITH_LOCK(mutex_);
+    void no_longer_reserved(HostRun run) WITH_LOCK(mutex_);
+    void resize_maps(std::uint64_t end) WITH_LOCK(mutex_);
+    bool worth_a_commit() const WITH_LOCK(mutex_);
+    std::optional<std::uint64_t> unloaded_region() const WITH_LOCK(mutex_);
 
     void load_region(std::uint64_t region);
     void load_last_region();
     bool grow(std::uint64_t count);
-    Reservation finish(std::vector<Extent> extents);
-    void bridge(std::vector<HostRun> &withdrawn, std::uint64_t most);
-    bool under_embargo(std::uint64_t c) const { return c >= embargo_.first.value && c < embargo_.end().value; }
+    Reservation finish(std::vector<Extent> extents) WITH_LOCK(mutex_);
+    void bridge(std::vector<HostRun> &withdrawn, std::uint64_t most) WITH_LOCK(mutex_);
+    bool under_embargo(std::uint64_t c) const WITH_LOCK(mutex_) {
+        return c >= embargo_.first.value && c < embargo_.end().value;
+    }
 
     Geometry geometry_;
     File &file_;
@@ -221,23 +223,23 @@ class Allocator {
     const MetadataGuard &guard_;
     std::function<std::vector<HostRun>()> metadata_;
 
-    std::mutex length_mutex_; // held across every change of the file's length; before mutex_
-    std::mutex load_mutex_;   // held while a region's free map is read; before mutex_
-    mutable std::mutex mutex_;
-    std::atomic<std::uint64_t> end_; // changes under mutex_ and length_mutex_
-    Bits free_, zero_;               // by cluster, below end_
-    Bits reserved_;                  // taken and not published yet
-    std::vector<bool> loaded_;
-    std::uint64_t next_unloaded_ = 0;
-    std::uint64_t lowest_ = 0; // no free cluster below
-    std::uint64_t free_count_ = 0, punching_ = 0;
+    Mutex length_mutex_; // held across every change of the file's length; before mutex_
+    Mutex load_mutex_;   // held while a region's free map is read; before mutex_
+    mutable Mutex mutex_;
+    std::atomic<std::uint64_t> end_;                             // changes under mutex_ and length_mutex_
+    Bits free_ PROTECTED_BY(mutex_), zero_ PROTECTED_BY(mutex_); // by cluster, below end_
+    Bits reserved_ PROTECTED_BY(mutex_);                         // taken and not published yet
+    std::vector<bool> loaded_ PROTECTED_BY(mutex_);
+    std::uint64_t next_unloaded_ PROTECTED_BY(mutex_) = 0;
+    std::uint64_t lowest_ PROTECTED_BY(mutex_) = 0; // no free cluster below
+    std::uint64_t free_count_ PROTECTED_BY(mutex_) = 0, punching_ PROTECTED_BY(mutex_) = 0;
     std::atomic<std::uint64_t> retired_{0};
-    std::vector<HostRun> retired_runs_, allocated_runs_;
-    std::deque<HostRun> punch_queue_;
-    std::uint64_t queued_ = 0;
-    std::vector<bool> known_metadata_;
-    HostRun embargo_{};
-    std::vector<Watch *> watches_;
+    std::vector<HostRun> retired_runs_ PROTECTED_BY(mutex_), allocated_runs_ PROTECTED_BY(mutex_);
+    std::deque<HostRun> punch_queue_ PROTECTED_BY(mutex_);
+    std::uint64_t queued_ PROTECTED_BY(mutex_) = 0;
+    std::vector<bool> known_metadata_; // protected by load_mutex_
+    HostRun embargo_ PROTECTED_BY(mutex_){};
+    std::vector<Watch *> watches_ PROTECTED_BY(mutex_);
     std::atomic<bool> poisoned_{false};
 };
 

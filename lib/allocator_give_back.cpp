@@ -9,14 +9,14 @@
 namespace qlean {
 
 void Allocator::add_references(HostRun run, std::uint64_t times) {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     for (std::uint64_t i = 0; i < times; ++i)
         append_run(allocated_runs_, run);
     note(run);
 }
 
 void Allocator::touch(const std::vector<HostRun> &runs) {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     for (const HostRun &run : runs)
         note(run);
 }
@@ -24,7 +24,7 @@ void Allocator::touch(const std::vector<HostRun> &runs) {
 void Allocator::retire(const std::vector<HostRun> &runs) {
     if (runs.empty())
         return;
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     for (const HostRun &run : runs) {
         append_run(retired_runs_, run);
         note(run);
@@ -33,27 +33,27 @@ void Allocator::retire(const std::vector<HostRun> &runs) {
 }
 
 std::vector<HostRun> Allocator::take_retired() {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     return std::exchange(retired_runs_, {});
 }
 
 void Allocator::put_back_retired(std::vector<HostRun> runs) {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     retired_runs_.insert(retired_runs_.end(), runs.begin(), runs.end());
 }
 
 std::vector<HostRun> Allocator::take_allocated() {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     return std::exchange(allocated_runs_, {});
 }
 
 void Allocator::put_back_allocated(const std::vector<HostRun> &runs) {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     allocated_runs_.insert(allocated_runs_.begin(), runs.begin(), runs.end());
 }
 
 void Allocator::settle(const std::vector<HostRun> &runs, const std::vector<HostRun> &freed) {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     retired_.fetch_sub(cluster_count(runs), std::memory_order_relaxed);
     for (const HostRun &run : freed) {
         for (std::uint64_t i = 0; i < run.count; ++i)
@@ -89,7 +89,7 @@ void Allocator::bridge(std::vector<HostRun> &withdrawn, std::uint64_t most) {
 bool Allocator::punch_step(std::uint64_t max_bytes) {
     std::vector<HostRun> withdrawn;
     {
-        const std::lock_guard guard(mutex_);
+        const Lock guard(mutex_);
         if (poisoned_.load(std::memory_order_acquire) || punch_queue_.empty())
             return false;
         const std::uint64_t most = std::max<std::uint64_t>(max_bytes / geometry_.cluster_size(), 1);
@@ -128,7 +128,7 @@ bool Allocator::punch_step(std::uint64_t max_bytes) {
         }
     }
     {
-        const std::lock_guard guard(mutex_);
+        const Lock guard(mutex_);
         for (std::size_t i = 0; i < withdrawn.size(); ++i)
             for (std::uint64_t n = 0; n < withdrawn[i].count; ++n) {
                 --punching_;
@@ -141,11 +141,11 @@ bool Allocator::punch_step(std::uint64_t max_bytes) {
 }
 
 bool Allocator::truncate_step(std::uint64_t max_bytes, HostCluster floor) {
-    const std::lock_guard length_guard(length_mutex_);
+    const Lock length_guard(length_mutex_);
     std::uint64_t new_end;
     const std::uint64_t old_end = end();
     {
-        const std::lock_guard guard(mutex_);
+        const Lock guard(mutex_);
         if (poisoned_.load(std::memory_order_acquire))
             return false;
         const std::uint64_t lowest_end = std::max(
@@ -169,7 +169,7 @@ bool Allocator::truncate_step(std::uint64_t max_bytes, HostCluster floor) {
         file_.truncate(geometry_.bytes(new_end));
     } catch (...) {
         // The file is as long as it was: what was withdrawn comes back, holding whatever it holds.
-        const std::lock_guard guard(mutex_);
+        const Lock guard(mutex_);
         resize_maps(old_end);
         for (std::uint64_t r = new_end / refcounts_.region_clusters(); r < loaded_.size(); ++r)
             loaded_[r] = true;

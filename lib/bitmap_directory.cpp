@@ -20,18 +20,9 @@ constexpr std::uint64_t max_file_offset = std::uint64_t{1} << 56;
 constexpr std::uint64_t word_ones = 1;
 constexpr std::uint64_t word_offset = 0x00ff'ffff'ffff'fe00;
 
-/// The name as a message can show it.
-std::string printable(std::string name) {
-    for (char &c : name)
-        if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f)
-            c = '?';
-    return name;
-}
-
 void require_valid(const BitmapEntry &entry, std::uint8_t type, const Geometry &geometry, const std::string &file) {
     const auto damaged = [&](const char *what) {
-        throw_bad_image("'{}' is damaged: its bitmap '{}' has {}; see 'qemu-img check'", file, printable(entry.name),
-                        what);
+        throw_bad_image("'{}' is damaged: its bitmap '{}' has {}; see 'qemu-img check'", file, entry.name, what);
     };
     if (type != type_dirty_tracking)
         damaged("an unknown type");
@@ -102,7 +93,7 @@ std::vector<BitmapEntry> parse_bitmap_directory(std::span<const std::byte> bytes
         e.name.assign(reinterpret_cast<const char *>(bytes.data() + at + entry_bytes), name_size);
         require_valid(e, type, geometry, file);
         if (!names.insert(e.name).second)
-            broken(fmt::format("has two bitmaps called '{}'", printable(e.name)));
+            broken(fmt::format("has two bitmaps called '{}'", e.name));
         entries.push_back(std::move(e));
         at += length;
     }

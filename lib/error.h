@@ -2,7 +2,8 @@
 // Copyright (c) 2026, the qlean authors
 //
 // The one exception of the library. Its text is a whole sentence for a person: what, where, and what to do next.
-// Its code is an errno value, which is all that survives on the wire.
+// Its code is an errno value, which is all that survives on the wire. What an image or a client calls something may be
+// in it, and it goes to logs and terminals: it holds no control characters.
 #pragma once
 
 #include <cerrno>
@@ -25,13 +26,20 @@ class Error : public std::system_error {
     };
 
     Error(Kind kind, int code, std::string text)
-        : std::system_error(code, std::generic_category()), kind_(kind), text_(std::move(text)) {}
+        : std::system_error(code, std::generic_category()), kind_(kind), text_(printable(std::move(text))) {}
 
     Kind kind() const { return kind_; }
     int errno_value() const { return code().value(); }
     const char *what() const noexcept override { return text_.c_str(); }
 
   private:
+    static std::string printable(std::string text) {
+        for (char &c : text)
+            if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f)
+                c = '?';
+        return text;
+    }
+
     Kind kind_;
     std::string text_;
 };

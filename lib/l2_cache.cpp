@@ -63,7 +63,7 @@ L2Words L2Cache::extended_entry_of(const Slice &slice, std::uint64_t i) {
         if (before % 2 == 0 && slice.stores.load(std::memory_order_relaxed) == before)
             return words;
     }
-    const std::lock_guard guard(slice.mutex);
+    const Lock guard(slice.mutex);
     return both();
 }
 
@@ -178,7 +178,7 @@ L2Cache::Slice *L2Cache::take_free(Shard &shard) {
 
 L2Cache::Slice *L2Cache::load(std::uint64_t key) {
     Shard &s = shard(key);
-    std::unique_lock guard(s.mutex);
+    Lock guard(s.mutex);
     for (;;) {
         if (Slice *slice = directory_[key].load(std::memory_order_acquire)) {
             slice->pins.fetch_add(1, std::memory_order_relaxed);
@@ -187,7 +187,7 @@ L2Cache::Slice *L2Cache::load(std::uint64_t key) {
         }
         if (std::find(s.loading.begin(), s.loading.end(), key) == s.loading.end())
             break;
-        s.loaded.wait(guard);
+        guard.wait(s.loaded);
     }
     Slice *slice = take_free(s);
     // Pinned before it has a key, so that the clock passes it by while it is filled.
@@ -234,7 +234,7 @@ L2Cache::Pin::~Pin() {
 }
 
 void L2Cache::Pin::store(GuestCluster c, const L2Words &words) {
-    const std::lock_guard guard(slice_->mutex);
+    const Lock guard(slice_->mutex);
     const std::uint64_t at = c.value % cache_->slice_entries_ * cache_->entry_words_;
     if (cache_->entry_words_ == 2) {
         const std::uint64_t stores = slice_->stores.load(std::memory_order_relaxed);
@@ -256,12 +256,12 @@ void L2Cache::mark_dirty(Slice &slice) {
         return;
     dirty_slices_.fetch_add(1, std::memory_order_relaxed);
     Shard &s = shard(slice.key.load(std::memory_order_relaxed));
-    const std::lock_guard guard(s.mutex);
+    const Lock guard(s.mutex);
     s.dirty.push_back(&slice);
 }
 
 L2Cache::Slice *L2Cache::pin_if_present(std::uint64_t key) {
-    const std::lock_guard guard(shard(key).mutex);
+    const Lock guard(shard(key).mutex);
     Slice *slice = directory_[key].load(std::memory_order_acquire);
     if (slice != nullptr)
         slice->pins.fetch_add(1, std::memory_order_relaxed);
@@ -272,7 +272,7 @@ L2Cache::Slice *L2Cache::pin_if_present(std::uint64_t key) {
 void L2Cache::copy_slice(Slice &slice, std::uint64_t *to, Copy &copy, std::uint64_t &cleared) {
     bool was_dirty;
     {
-        const std::lock_guard guard(slice.mutex);
+        const Lock guard(slice.mutex);
         for (std::size_t i = 0; i < slice_words(); ++i)
             to[i] = big_endian(slice.words[i].load(std::memory_order_acquire));
         // Asked while nothing can be stored: a table that was shared may get a home of its own, and what is stored
@@ -293,7 +293,7 @@ void L2Cache::copy_slice(Slice &slice, std::uint64_t *to, Copy &copy, std::uint6
 std::vector<L2Cache::Copy> L2Cache::take_dirty() {
     std::vector<Slice *> dirty;
     for (Shard &s : shards_) {
-        const std::lock_guard guard(s.mutex);
+        const Lock guard(s.mutex);
         for (Slice *slice : s.dirty) {
             slice->pins.fetch_add(1, std::memory_order_relaxed);
             dirty.push_back(slice);
@@ -355,7 +355,7 @@ void L2Cache::done(const Copy &copy) {
 void L2Cache::failed(const Copy &copy) {
     for (Slice *slice : copy.slices) {
         {
-            const std::lock_guard guard(slice->mutex);
+            const Lock guard(slice->mutex);
             slice->needs = std::max(slice->needs, copy.needs);
             mark_dirty(*slice);
         }
@@ -384,7 +384,7 @@ void L2Cache::discard_table(std::uint64_t i) {
         if (key >= keys_)
             break;
         Shard &s = shard(key);
-        const std::lock_guard guard(s.mutex);
+        const Lock guard(s.mutex);
         Slice *slice = directory_[key].load(std::memory_order_acquire);
         if (slice == nullptr)
             continue;

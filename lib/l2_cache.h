@@ -15,13 +15,13 @@
 #include "file.h"
 #include "l1_table.h"
 #include "l2_entry.h"
+#include "thread_safety.h"
 
 #include <array>
 #include <atomic>
 #include <condition_variable>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <span>
 #include <vector>
 
@@ -102,21 +102,21 @@ class L2Cache {
         std::atomic<std::uint64_t> key{no_key};
         std::atomic<std::uint64_t> turn{0}; // raised whenever the slice is given up: the same key may come back
         std::unique_ptr<std::atomic<std::uint64_t>[]> words; // host byte order
-        mutable std::mutex mutex;                            // orders store() against the leader's copy
+        mutable Mutex mutex;                                 // orders store() against the leader's copy
         std::atomic<std::uint64_t> stores{0}; // of extended entries, in halves: odd while one is under way
         std::atomic<bool> dirty{false};
         std::atomic<bool> used{false};      // since the clock hand passed
-        std::uint64_t needs = 0;            // protected by mutex
+        std::uint64_t needs = 0;            // protected by mutex, once others know the slice
         std::atomic<std::uint32_t> pins{0}; // raised only under the shard's mutex
     };
     struct alignas(64) Shard {
-        std::mutex mutex;
+        Mutex mutex;
         std::condition_variable loaded;
-        std::vector<std::unique_ptr<Slice>> slices;
-        std::vector<Slice *> free;
-        std::vector<std::uint64_t> loading; // keys being read from the file
-        std::vector<Slice *> dirty;         // each at least once; may hold slices that are clean again
-        std::size_t hand = 0;
+        std::vector<std::unique_ptr<Slice>> slices PROTECTED_BY(mutex);
+        std::vector<Slice *> free PROTECTED_BY(mutex);
+        std::vector<std::uint64_t> loading PROTECTED_BY(mutex); // keys being read from the file
+        std::vector<Slice *> dirty PROTECTED_BY(mutex); // each at least once; may hold slices that are clean again
+        std::size_t hand PROTECTED_BY(mutex) = 0;
     };
 
     std::uint64_t slice_words() const { return slice_entries_ * entry_words_; }
@@ -132,7 +132,7 @@ class L2Cache {
     bool peek(std::uint64_t key, std::uint64_t first, std::span<L2Words> out);
     /// The slice in memory, loaded if it must be. Caller holds the table's L1 lock. Returned pinned.
     Slice *load(std::uint64_t key);
-    Slice *take_free(Shard &shard);
+    Slice *take_free(Shard &shard) WITH_LOCK(shard.mutex);
     void give_up(Slice &slice);
     void fill_from_file(std::uint64_t key, std::span<std::uint64_t> words);
     void mark_dirty(Slice &slice);

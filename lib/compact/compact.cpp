@@ -32,7 +32,7 @@ Compact::~Compact() {
 
 /// The walk that everything relies on, once per connection.
 void Compact::prepare(const StopCheck &stop) {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     if (prepared_)
         return;
     auto watch = std::make_unique<Allocator::Watch>(state_.allocator);
@@ -70,7 +70,7 @@ void Compact::retire_leaked(const StopCheck &stop) {
         for (std::uint64_t i = 0; i < run.count; ++i)
             if (const HostCluster c = run.first + i; !watch_->touched(c))
                 append_run(still, {c, 1});
-    surplus_.drop_if([&](HostCluster c) { return watch_->touched(c); });
+    surplus_.drop_if([watch = watch_.get()](HostCluster c) { return watch->touched(c); });
     state_.allocator.retire(still);
     std::exchange(surplus_, {}).retire(state_.allocator, [&] {
         require_going(stop);
@@ -106,7 +106,7 @@ Uncommitted::Share Compact::room_for(std::uint64_t bytes, const Wanted &want) {
 
 Compact::Wanted Compact::wanted(const StopCheck &stop) {
     prepare(stop);
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     return wanted_now();
 }
 
@@ -177,7 +177,7 @@ std::vector<Maintenance::Planned> Compact::plan(GuestOffset at, std::uint64_t le
             append_planned(planned, from, std::min(stop, g.offset_of(first + i + 1)) - from, to_do);
         }
         if (empty && mappings.size() == state_.mapper.table_end(first) - first && first.value % g.l2_entries() == 0) {
-            const std::lock_guard guard(mutex_);
+            const Lock guard(mutex_);
             empty_tables_.insert(g.l1_index(first));
         }
         at = stop;

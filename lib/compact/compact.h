@@ -46,8 +46,8 @@ class Compact final : public Maintenance {
 
     bool table_moves_with(GuestCluster c, const std::vector<Mapping> &mappings, GuestCluster first, HostCluster end);
 
-    void measure();
-    void measure_packs(const Packs &packs);
+    void measure() WITH_LOCK(mutex_);
+    void measure_packs(const Packs &packs) WITH_LOCK(mutex_);
     void refresh(const StopCheck &stop);
     /// What is to be done with an entry as of one measurement.
     struct Wanted {
@@ -56,7 +56,7 @@ class Compact final : public Maintenance {
         std::shared_ptr<const std::vector<bool>> emptied; ///< nor compressed extents in these
     };
     Wanted wanted(const StopCheck &stop);
-    Wanted wanted_now() const;
+    Wanted wanted_now() const WITH_LOCK(mutex_);
     Uncommitted::Share room_for(std::uint64_t bytes, const Wanted &wanted);
     bool to_repack(const Mapping &mapping, const Wanted &wanted) const;
     Work find_work(GuestCluster first, GuestCluster last, const Wanted &want);
@@ -70,8 +70,8 @@ class Compact final : public Maintenance {
     Repacker::Outcome move_extent(GuestCluster c, std::uint64_t descriptor, const Wanted &want);
     void move_snapshot_extents(const SnapshotWork &work, const StopCheck &stop);
     void found_no_room(std::span<const std::pair<GuestCluster, std::uint64_t>> extents);
-    std::uint64_t taken_out_of_live() const;
-    void look_at_snapshots(const StopCheck &stop);
+    std::uint64_t taken_out_of_live() const WITH_LOCK(mutex_);
+    void look_at_snapshots(const StopCheck &stop) WITH_LOCK(mutex_);
     SnapshotWork take_snapshot_work();
     void has_moved_of_snapshots(std::uint64_t count, std::uint64_t bytes);
     std::unique_lock<RwLock> keep_walks_out();
@@ -79,7 +79,7 @@ class Compact final : public Maintenance {
     void settle_on_full_disk(const Layout &layout, const StopCheck &stop);
     void settle_metadata(const Layout &layout, const StopCheck &stop);
     void cut(const StopCheck &stop);
-    void retire_leaked(const StopCheck &stop);
+    void retire_leaked(const StopCheck &stop) WITH_LOCK(mutex_);
 
     Image &image_;
     State &state_;
@@ -89,25 +89,27 @@ class Compact final : public Maintenance {
     const std::uint64_t most_; ///< clusters that one request moves
     const std::string name_ = "compact";
 
-    std::mutex mutex_; // protects what follows; never held over data I/O by run()
-    bool prepared_ = false;
-    Layout layout_;
-    std::vector<HostRun> leaked_;
-    Surplus surplus_;
-    std::unique_ptr<Allocator::Watch> watch_; // what happened to these since they were found
-    bool lacks_copied_flags_ = false;
-    std::set<std::uint64_t> empty_tables_;
-    std::uint64_t pinned_ = 0;
+    mutable Mutex mutex_; // never held over data I/O by run()
+    bool prepared_ PROTECTED_BY(mutex_) = false;
+    Layout layout_ PROTECTED_BY(mutex_);
+    std::vector<HostRun> leaked_ PROTECTED_BY(mutex_);
+    Surplus surplus_ PROTECTED_BY(mutex_);
+    std::unique_ptr<Allocator::Watch> watch_ PROTECTED_BY(mutex_); // what happened to these since they were found
+    bool lacks_copied_flags_ PROTECTED_BY(mutex_) = false;
+    std::set<std::uint64_t> empty_tables_ PROTECTED_BY(mutex_);
+    std::uint64_t pinned_ PROTECTED_BY(mutex_) = 0;
     // Where there are compressed clusters; as of the walk that preceded the last plan:
-    bool has_packs_ = false;
-    unsigned passes_ = 0;                              ///< such walks
-    bool packs_changed_ = false;                       ///< since that walk
-    std::shared_ptr<const std::vector<bool>> emptied_; ///< packs that are to be emptied
-    std::uint64_t live_goal_ = 0;    ///< clusters in use when all is done, without what Layout::measure takes out
-    HostCluster site_end_{0};        ///< below it, what comes free is for compressed extents
-    std::uint64_t slack_ = 0;        ///< more than the ideal, because there was no room
-    SnapshotWork snapshot_work_;     ///< as of the walk that preceded the last plan, less what was taken from it
-    bool snapshots_changed_ = false; ///< since that walk
+    bool has_packs_ PROTECTED_BY(mutex_) = false;
+    unsigned passes_ PROTECTED_BY(mutex_) = 0;                              ///< such walks
+    bool packs_changed_ PROTECTED_BY(mutex_) = false;                       ///< since that walk
+    std::shared_ptr<const std::vector<bool>> emptied_ PROTECTED_BY(mutex_); ///< packs that are to be emptied
+    std::uint64_t live_goal_ PROTECTED_BY(mutex_) =
+        0; ///< clusters in use when all is done, without what Layout::measure takes out
+    HostCluster site_end_ PROTECTED_BY(mutex_){0}; ///< below it, what comes free is for compressed extents
+    std::uint64_t slack_ PROTECTED_BY(mutex_) = 0; ///< more than the ideal, because there was no room
+    SnapshotWork snapshot_work_
+        PROTECTED_BY(mutex_); ///< as of the walk that preceded the last plan, less what was taken from it
+    bool snapshots_changed_ PROTECTED_BY(mutex_) = false; ///< since that walk
 
     Repacker repacker_;
     std::atomic<std::uint64_t> placed_{0}, unplaced_{0}; ///< bytes of extents, and those that found no room since then

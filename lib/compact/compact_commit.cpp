@@ -35,14 +35,14 @@ void Compact::commit(const StopCheck &stop) {
     const std::uint64_t end_before = state_.allocator.end();
     bool lacks_copied_flags = false;
     {
-        const std::lock_guard guard(mutex_);
+        const Lock guard(mutex_);
         retire_leaked(stop);
         lacks_copied_flags = lacks_copied_flags_;
     }
     if (lacks_copied_flags) {
         state_.write_back.commit(WriteBack::Give::back);
         set_copied_flags(state_, stop);
-        const std::lock_guard guard(mutex_);
+        const Lock guard(mutex_);
         lacks_copied_flags_ = false;
     }
     // One thing makes room for the next: what is dropped for what moves, what moved for the cut, the cut for what is
@@ -50,18 +50,18 @@ void Compact::commit(const StopCheck &stop) {
     for (int round = 0; round < max_rounds; ++round) {
         Layout before;
         {
-            const std::lock_guard guard(mutex_);
+            const Lock guard(mutex_);
             before = layout_;
         }
         const std::uint64_t end = state_.allocator.end();
         settle_on_full_disk(before, stop);
-        const std::lock_guard guard(mutex_);
+        const Lock guard(mutex_);
         measure();
         if (layout_.pending == 0 || (layout_.pending >= before.pending && state_.allocator.end() >= end && round > 0))
             break;
     }
     {
-        const std::lock_guard guard(mutex_);
+        const Lock guard(mutex_);
         packs_changed_ = snapshots_changed_ = true;
     }
     while (state_.allocator.punch_step(step_bytes))
@@ -87,7 +87,7 @@ void Compact::settle_on_full_disk(const Layout &layout, const StopCheck &stop) {
 void Compact::settle_metadata(const Layout &layout, const StopCheck &stop) {
     std::set<std::uint64_t> empty;
     {
-        const std::lock_guard guard(mutex_);
+        const Lock guard(mutex_);
         empty = empty_tables_;
     }
     state_.write_back.commit(WriteBack::Give::back);
@@ -138,7 +138,7 @@ void Compact::settle_metadata(const Layout &layout, const StopCheck &stop) {
         if (no_walk)
             no_walk.unlock();
         has_moved_of_snapshots(moved_of_snapshots, state_.geometry.bytes(moved_of_snapshots));
-        const std::lock_guard guard(mutex_);
+        const Lock guard(mutex_);
         for (const std::uint64_t i : empty)
             empty_tables_.erase(i);
     }
@@ -167,7 +167,7 @@ void Compact::look_at_snapshots(const StopCheck &stop) {
 
 /// A step of it: no more than may be uncommitted, for a guest's flush waits until the tables have moved.
 SnapshotWork Compact::take_snapshot_work() {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     SnapshotWork work;
     const auto take = [most = std::max<std::uint64_t>(most_uncommitted(layout_.end) / state_.geometry.cluster_size(),
                                                       1)](auto &from) {
@@ -199,7 +199,7 @@ void Compact::move_snapshot_extents(const SnapshotWork &work, const StopCheck &s
 /// So many of what was found have moved.
 void Compact::has_moved_of_snapshots(std::uint64_t count, std::uint64_t bytes) {
     gauges_.moved_bytes += bytes;
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     snapshot_work_.pending -= std::min(snapshot_work_.pending, count);
 }
 

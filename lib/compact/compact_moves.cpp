@@ -64,7 +64,7 @@ void Compact::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) {
     const HostCluster end = want.end;
     {
         // Before anything moves: what has moved is no longer what the walk found.
-        const std::lock_guard guard(mutex_);
+        const Lock guard(mutex_);
         retire_leaked(stop);
     }
     const Work work = find_work(g.cluster_of(at), g.cluster_of(at + (length - 1)), want);

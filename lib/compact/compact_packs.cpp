@@ -61,7 +61,7 @@ void Compact::measure_packs(const Packs &packs) {
 /// Between two passes: how the packs are now, and what the ideal end is then. Not during one, or there would be a walk
 /// for each FLUSH.
 void Compact::refresh(const StopCheck &stop) {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     if (!prepared_)
         return;
     bool was_open = false;

@@ -7,10 +7,10 @@
 
 #include "../error.h"
 #include "../image.h"
+#include "../thread_safety.h"
 #include "survey.h"
 
 #include <functional>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -47,7 +47,7 @@ class MoveOwnership {
 
     /// Makes `connection` the owner, or throws Error (busy) that says who is.
     void claim(const std::string &operation, std::uint64_t connection) {
-        const std::lock_guard guard(mutex_);
+        const Lock guard(mutex_);
         if (owner_ && owner_->connection != connection)
             throw Error(Error::Kind::busy, EPERM,
                         fmt::format("connection {} is running '{}' on this image; wait until it has finished",
@@ -55,18 +55,18 @@ class MoveOwnership {
         owner_ = Owner{operation, connection};
     }
     void release(std::uint64_t connection) {
-        const std::lock_guard guard(mutex_);
+        const Lock guard(mutex_);
         if (owner_ && owner_->connection == connection)
             owner_.reset();
     }
     std::optional<Owner> owner() const {
-        const std::lock_guard guard(mutex_);
+        const Lock guard(mutex_);
         return owner_;
     }
 
   private:
-    mutable std::mutex mutex_;
-    std::optional<Owner> owner_;
+    mutable Mutex mutex_;
+    std::optional<Owner> owner_ PROTECTED_BY(mutex_);
 };
 
 /// Appends to a plan, joining equal neighbours.

@@ -26,7 +26,7 @@ ZeroScan::~ZeroScan() {
 }
 
 bool ZeroScan::known(GuestCluster c) const {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     return c.value < known_.size() && known_[c.value];
 }
 
@@ -37,7 +37,7 @@ bool ZeroScan::wanted(GuestCluster c, const Mapping &mapping) const {
 }
 
 void ZeroScan::set_known(GuestCluster c) {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     if (known_.size() <= c.value)
         known_.resize(
             std::min<std::uint64_t>(std::max(c.value + 1, known_.size() * 2), state_.geometry.guest_clusters()));

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "../subclusters.h"
+#include "../thread_safety.h"
 #include "maintenance.h"
 #include "survey.h"
 
@@ -36,8 +37,8 @@ class ZeroScan final : public Maintenance {
     Image &image_;
     State &state_;
     Gauges &gauges_;
-    mutable std::mutex mutex_;
-    std::vector<bool> known_; // by guest cluster: holds something; protected by mutex_
+    mutable Mutex mutex_;
+    std::vector<bool> known_ PROTECTED_BY(mutex_); // by guest cluster: holds something
     std::atomic<bool> changed_{false};
 };
 

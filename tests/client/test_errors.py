@@ -17,6 +17,12 @@ class Errors(Case):
         result = self.run_qlean("compact", server.socket, code=ERROR)
         self.assert_one_sentence(result.stderr, "refused", "cluster 17 is referenced but has no refcount")
 
+    def test_what_a_server_says_is_not_obeyed_by_the_terminal(self):
+        server = self.server("size=64M", "todo=compact:0+8M", "refuse=snapshot '\x1b]0;x\x07\x1b[31m\r'")
+        result = self.run_qlean("compact", server.socket, code=ERROR)
+        self.assert_one_sentence(result.stderr, "refused", "snapshot '?]0;x??[31m?'")
+        self.assertEqual([c for c in result.stderr if c < " " and c != "\n"], [])
+
     def test_read_only_server(self):
         server = self.server("size=64M", "todo=compact:0+8M", arguments=["-r"])
         self.assert_one_sentence(self.run_qlean("compact", server.socket, code=ERROR).stderr, "read-only")
