@@ -3,7 +3,7 @@
 //
 // The pass loop and its requests. Two numbers steer it: how many requests may be in flight (one or fifteen, by the
 // server's version) and how many planned bytes may be uncommitted before a FLUSH goes out.
-// Where there is no guest to be considerate of and no limit to keep, the first pass of `compact` is wide, if the server
+// Where there is no guest that we are to mind and no limit to keep, the first pass of `compact` is wide, if the server
 // bounds what it does by one request: one at a time, for all of the disk or what fits into one, so that the server may
 // begin with what it likes best. What such a pass leaves is done piece by piece.
 #include "operation.h"
@@ -147,6 +147,7 @@ bool Operation::read_plan(Plan &plan) {
     const bool complete = read_ranges(
         *connection_, [&](Range range) { builder.add(range); }, [&] { return !stop_.reached(); });
     plan = complete ? builder.take() : Plan{};
+    wide_ = wide_ && !plan.empty();
     return complete;
 }
 

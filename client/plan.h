@@ -2,8 +2,8 @@
 // Copyright (c) 2026, the qlean authors
 //
 // A maintenance export's plan: read through block status, and cut into the pieces that CACHE requests will name.
-// Invariant of a Plan: pieces ascend and do not overlap, together they cover every range to do, and `bytes` counts only
-// what is to do, never the holes that a piece may span.
+// Invariant of a Plan: pieces ascend and do not overlap, but that a wide one is there as often as it takes; together
+// they cover every range to do, and `bytes` counts only what is to do, never the holes that a piece may span.
 #pragma once
 
 #include <cstdint>

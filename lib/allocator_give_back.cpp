@@ -63,15 +63,16 @@ void Allocator::settle(const std::vector<HostRun> &runs, const std::vector<HostR
     }
 }
 
-/// Where there is nothing but holes between two runs, the two become one, which takes one call; unless it gets longer
-/// than `most` clusters.
+/// Where all is free between two runs, the two become one, which takes one call; unless it gets longer than `most`
+/// clusters, or what lies between more than that in all.
 void Allocator::bridge(std::vector<HostRun> &withdrawn, std::uint64_t most) {
+    std::uint64_t left = most;
     std::vector<HostRun> joined;
     for (const HostRun &run : withdrawn) {
         if (!joined.empty()) {
             const std::uint64_t from = joined.back().end().value, to = run.first.value;
             std::uint64_t c = from;
-            while (c < to && run.end() - joined.back().first <= most && free_.get(c) && zero_.get(c))
+            while (c < to && to - from <= left && run.end() - joined.back().first <= most && free_.get(c))
                 ++c;
             if (c == to) {
                 for (c = from; c < to; ++c)
@@ -79,6 +80,7 @@ void Allocator::bridge(std::vector<HostRun> &withdrawn, std::uint64_t most) {
                 free_count_ -= to - from;
                 punching_ += to - from;
                 append_run(joined, {{from}, to - from});
+                left -= to - from;
             }
         }
         append_run(joined, run);

@@ -9,6 +9,8 @@
 
 #include <chrono>
 #include <cstring>
+#include <mutex>
+#include <shared_mutex>
 
 namespace qlean {
 
@@ -117,7 +119,15 @@ void Image::flush() {
         state_.write_back.commit(WriteBack::Give::later);
 }
 
+/// A thread of compaction may come here when the image is being closed: what close() does then has to be the last.
 void Image::give_back() {
+    const std::shared_lock guard(open_);
+    if (closed_)
+        return state_.write_back.require_healthy();
+    commit_and_punch();
+}
+
+void Image::commit_and_punch() {
     state_.write_back.commit(WriteBack::Give::back);
     while (state_.allocator.punch_step(punch_step_bytes)) {
     }
@@ -199,13 +209,17 @@ void Image::stop_housekeeping() {
 
 void Image::close() {
     stop_housekeeping();
+    {
+        const std::lock_guard guard(open_);
+        closed_ = true;
+    }
     if (state_.read_only || state_.write_back.poisoned())
         return;
     const bool idle = !state_.write_back.changed();
     if (idle)
         state_.write_back.commit(WriteBack::Give::later);
     else
-        give_back();
+        commit_and_punch();
     if ((!store_bitmaps() && idle) || state_.write_back.poisoned())
         return;
     // Only what was grown since: below that, a refcount of zero is believed only after a complete walk.

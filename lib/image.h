@@ -9,6 +9,7 @@
 #pragma once
 
 #include "check/report.h"
+#include "rw_lock.h"
 #include "secret.h"
 #include "state.h"
 #include "subclusters.h"
@@ -92,10 +93,11 @@ class Image {
 
     /// For the maintenance operations.
     State &state() { return state_; }
-    /// Commits, giving back, and punches what came free.
+    /// Commits, giving back, and punches what came free. Nothing once it has been closed.
     void give_back();
 
   private:
+    void commit_and_punch();
     explicit Image(std::unique_ptr<State> state);
 
     /// The most that one guard of the range lock covers: bounds how long a request keeps others out.
@@ -161,6 +163,8 @@ class Image {
     std::function<void(const std::exception &)> report_;
     std::function<void()> poison_;
 
+    RwLock open_; // shared by whoever gives back
+    bool closed_ = false;
     Mutex house_mutex_;
     std::condition_variable house_wakes_;
     bool house_stops_ PROTECTED_BY(house_mutex_) = false;

@@ -17,8 +17,8 @@ namespace qlean {
 namespace {
 
 constexpr std::uint64_t batch = 4096;
-/// Clusters to move that are looked for in one range: bounds the memory.
-constexpr std::size_t most_found = std::size_t{1} << 20;
+/// Clusters to move that are looked for in one range, which bounds the memory; and L2 tables, which move at once.
+constexpr std::size_t most_found = std::size_t{1} << 20, most_tables = 1024;
 /// Between two places that are written out by one call.
 constexpr std::uint64_t gap_bytes = 1024 * 1024;
 /// Moved before they are written out.
@@ -31,7 +31,7 @@ Compact::Work Compact::find_work(GuestCluster first, GuestCluster last, const Wa
     const Geometry &g = state_.geometry;
     Work work;
     std::vector<Mapping> mappings;
-    for (GuestCluster c = first; c <= last && work.clusters.size() < most_found;) {
+    for (GuestCluster c = first; c <= last && work.clusters.size() < most_found && work.tables.size() < most_tables;) {
         const GuestCluster stop = std::min({last + 1, state_.mapper.table_end(c), c + batch});
         if (state_.mapper.has_table(c)) {
             mappings.resize(stop - c);
@@ -86,7 +86,13 @@ void Compact::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) {
 class Compact::Written {
   public:
     explicit Written(State &state) : state_(state) {}
-    ~Written() { write_out(); }
+    ~Written() {
+        try {
+            write_out();
+        } catch (...) {
+            // It is a hint.
+        }
+    }
     void add(HostRun run) {
         append_run(runs_, run);
         count_ += run.count;

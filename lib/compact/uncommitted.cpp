@@ -61,8 +61,10 @@ bool Uncommitted::any_moved() const {
 
 Uncommitted::Return::Return(Uncommitted &owner) : owner_(owner) {
     Lock lock(owner.mutex_);
+    ++owner.queued_;
     while (owner.returning_)
         lock.wait(owner.changed_);
+    --owner.queued_;
     owner.returning_ = true;
     bytes_ = owner.moved_;
 }
@@ -88,7 +90,7 @@ void Uncommitted::keep_returning() {
     const AtWork working;
     Lock lock(mutex_);
     for (;;) {
-        while (!stops_ && (returning_ || !worth_returning()))
+        while (!stops_ && (returning_ || queued_ != 0 || !worth_returning()))
             lock.wait(changed_);
         if (stops_)
             return;

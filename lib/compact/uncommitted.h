@@ -76,6 +76,7 @@ class Uncommitted {
     std::uint64_t moved_ PROTECTED_BY(mutex_) = 0; ///< of these, moved
     std::uint64_t limit_ PROTECTED_BY(mutex_) = 0;
     unsigned waiting_ PROTECTED_BY(mutex_) = 0; ///< for room
+    unsigned queued_ PROTECTED_BY(mutex_) = 0;  ///< for a return: they go first
     bool returning_ PROTECTED_BY(mutex_) = false;
     bool stops_ PROTECTED_BY(mutex_) = false;
     std::exception_ptr failure_ PROTECTED_BY(mutex_); ///< of the last return, until somebody has been told

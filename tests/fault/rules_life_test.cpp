@@ -276,6 +276,55 @@ TEST_CASE("B3: nothing is punched or cut off in one step of more than 32 MiB, an
     CHECK(largest_punch <= bound);
 }
 
+TEST_CASE(
+    "B3: what is free between two that are punched goes with them, and all of it comes back, also if that fails") {
+    // Every fourth cluster is in use; of what lies between nobody knows what it holds.
+    ImagePlan plan;
+    plan.virtual_size = 256 * 512;
+    plan.metadata_at = 2;
+    for (std::uint64_t c = 0; c < 200; ++c)
+        plan.data[c] = 20 + c * 4;
+    for (const bool fails : {false, true}) {
+        const auto disk = std::make_shared<FaultyDisk>(build_image(plan).bytes);
+        auto image = open_image(disk);
+        Allocator &a = image->state().allocator;
+        a.load_all();
+        image->give_back();
+        const Bytes kept = read_some(*image, 100 * 512, 50 * 512);
+        const std::uint64_t free = a.counts().free;
+        int punches = 0;
+        std::uint64_t longest = 0;
+        disk->add_hook(true, [&](const Request &r) {
+            if (r.op != Op::punch)
+                return;
+            longest = std::max(longest, r.length);
+            if (++punches == 2 && fails)
+                throw_io(EIO, "punching");
+        });
+        image->trim({0}, 100 * 512); // one beside the other but for what is free
+        image->trim({150 * 512}, 50 * 512);
+        image->state().write_back.commit(WriteBack::Give::back);
+        const auto punch = [&] {
+            while (a.punch_step(64 * 512)) {
+            }
+        };
+        if (fails) {
+            CHECK_THROWS_AS(punch(), Error);
+            punch();
+        } else {
+            punch();
+            // A step takes 64 of those trimmed, and of what lies between, three and three, 64 as well.
+            CHECK(punches <= 3 * (64 - 64 / 3));
+        }
+        CHECK(longest <= 64 * 512);
+        CHECK(a.counts().free == free + 150);
+        CHECK(a.counts().punching == 0);
+        CHECK(read_some(*image, 100 * 512, 50 * 512) == kept);
+        image->close();
+        CHECK(judge(disk->bytes()).clean());
+    }
+}
+
 TEST_CASE("B3: a guest that uses the cluster is not waited for, and waits for no cold read") {
     ImagePlan plan = usual(8, 3);
     const auto disk = std::make_shared<FaultyDisk>(build_image(plan).bytes);

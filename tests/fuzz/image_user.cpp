@@ -113,8 +113,9 @@ void ImageUser::maintain(std::uint64_t which, Input &in) {
     switch (which) {
     case 0:
     case 1: {
-        Compact compact(*image_, ownership_, gauges_, ++connections_,
-                        state.geometry.bytes(connections_ % 2 != 0 ? 3 : most_range));
+        const std::uint64_t connection = ++connections_;
+        Compact compact(*image_, ownership_, gauges_, connection,
+                        connection % 2 != 0 ? state.geometry.bytes(3) : Compact::most_by_request);
         run(compact, which == 0 ? 0 : at, which == 0 ? std::min(size, most_range) : length);
         return;
     }

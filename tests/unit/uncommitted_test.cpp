@@ -112,16 +112,19 @@ TEST_CASE("Uncommitted: a failure in the background goes to the next who moves, 
 }
 
 TEST_CASE("Uncommitted: stopped while it gives back, it waits, and keeps count of the rest") {
+    std::promise<void> second_moved;
     std::atomic<bool> gives_back{false}, ended{false};
     Uncommitted uncommitted([&] {
         gives_back = true;
-        std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        second_moved.get_future().wait();
+        std::this_thread::sleep_for(std::chrono::milliseconds(20)); // stop() comes in between, if it can
         ended = true;
     });
     uncommitted.take(8, 16).moved();
     while (!gives_back)
         std::this_thread::yield();
-    uncommitted.take(8, 16).moved();
+    uncommitted.take(7, 16).moved(); // not worth a return of its own
+    second_moved.set_value();
     uncommitted.stop();
     CHECK(ended);
     CHECK(uncommitted.any_moved());
