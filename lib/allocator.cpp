@@ -236,31 +236,6 @@ Allocator::Reservation Allocator::reserve_below(std::uint64_t count, HostCluster
     return finish(std::move(extents));
 }
 
-std::vector<HostCluster> Allocator::lowest_free(std::uint64_t count, HostCluster limit, HostCluster floor) const {
-    const Lock guard(mutex_);
-    std::vector<HostCluster> found;
-    const std::uint64_t stop = std::min(limit.value, end());
-    for (std::uint64_t c = std::max(lowest_, floor.value); c < stop && found.size() < count; ++c) {
-        const std::uint64_t word = free_.word(c / 64) >> (c % 64);
-        if (word == 0) {
-            c |= 63;
-            continue;
-        }
-        c += static_cast<std::uint64_t>(std::countr_zero(word));
-        if (c < stop && !under_embargo(c))
-            found.push_back({c});
-    }
-    return found;
-}
-
-Allocator::Reservation Allocator::reserve_at(HostCluster c) {
-    const Lock guard(mutex_);
-    std::vector<Extent> extents;
-    if (c.value < end() && free_.get(c.value) && !under_embargo(c.value))
-        take(c.value, extents);
-    return finish(std::move(extents));
-}
-
 Allocator::Reservation Allocator::reserve_contiguous_below(std::uint64_t count, HostCluster limit, HostCluster floor,
                                                            Embargo embargo) {
     const Lock guard(mutex_);

@@ -76,11 +76,6 @@ class Allocator {
     Reservation reserve(std::uint64_t count, Growth growth);
     /// Up to `count` clusters below `limit` (and not below `floor`), lowest first; never grows the file.
     Reservation reserve_below(std::uint64_t count, HostCluster limit, HostCluster floor = {0});
-    /// Up to `count` clusters that are free below `limit` (and not below `floor`) and may be handed out, lowest first.
-    /// They are not taken: by the time that reserve_at() is called for one, somebody else may have it.
-    std::vector<HostCluster> lowest_free(std::uint64_t count, HostCluster limit, HostCluster floor = {0}) const;
-    /// This one, or none.
-    Reservation reserve_at(HostCluster c);
     enum class Embargo { respected, lifted };
     /// Exactly `count` adjacent clusters below `limit` (and not below `floor`), or none. The only way to get what is
     /// under embargo.

@@ -60,11 +60,10 @@ class Compact final : public Maintenance {
     Uncommitted::Share room_for(std::uint64_t bytes, const Wanted &wanted);
     bool to_repack(const Mapping &mapping, const Wanted &wanted) const;
     Work find_work(GuestCluster first, GuestCluster last, const Wanted &want);
-    void move_plain(const Work &work, const Wanted &want, const StopCheck &stop);
-    class Written;
-    void move_highest(const Work &work, const Wanted &want, Written &written, const StopCheck &stop);
-    void move_one(GuestCluster cluster, HostCluster source, Allocator::Reservation &room, const Wanted &want,
-                  Written &written, const StopCheck &stop);
+    void move_plain(Work &work, const Wanted &want, const StopCheck &stop);
+    void move_highest(Work &work, const Wanted &want, const StopCheck &stop);
+    std::optional<HostCluster> move_one(GuestCluster cluster, HostCluster source, Allocator::Reservation &room,
+                                        const Wanted &want, const StopCheck &stop);
     void move_extents(const Work &work, const Wanted &want, const StopCheck &stop);
     bool repack(GuestCluster c, std::uint64_t descriptor, const Wanted &want);
     Repacker::Outcome move_extent(GuestCluster c, std::uint64_t descriptor, const Wanted &want);

@@ -2,15 +2,14 @@
 // Copyright (c) 2026, the qlean authors
 //
 // What Compact does in CACHE: the clusters of a range go down. A short range is moved as a whole, in guest order. Of a
-// long one goes what lies highest in the file, so much of it that the request ends soon: neighbours there leave one
-// hole, and each still gets the place that guest order gives it.
+// long one goes what lies highest in the file, so much of it that the request ends soon, in the order of the file:
+// neighbours leave one hole, and stay neighbours.
 #include "compact.h"
 
 #include "metadata_moves.h"
 #include "relocator.h"
 
 #include <algorithm>
-#include <numeric>
 
 namespace qlean {
 
@@ -21,8 +20,6 @@ constexpr std::uint64_t batch = 4096;
 constexpr std::size_t most_found = std::size_t{1} << 20, most_tables = 1024;
 /// Between two places that are written out by one call.
 constexpr std::uint64_t gap_bytes = 1024 * 1024;
-/// Moved before they are written out.
-constexpr std::uint64_t write_out_bytes = 2 * 1024 * 1024;
 
 } // namespace
 
@@ -67,7 +64,7 @@ void Compact::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) {
         const Lock guard(mutex_);
         retire_leaked(stop);
     }
-    const Work work = find_work(g.cluster_of(at), g.cluster_of(at + (length - 1)), want);
+    Work work = find_work(g.cluster_of(at), g.cluster_of(at + (length - 1)), want);
     if (!work.tables.empty()) {
         const auto no_walk = keep_walks_out();
         state_.write_back.lead([&] {
@@ -81,104 +78,56 @@ void Compact::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) {
     move_extents(work, want, stop);
 }
 
-/// The destinations that were written to. They are written out early, so that nobody's sync has much to wait for; with
-/// what little of others lies in between.
-class Compact::Written {
-  public:
-    explicit Written(State &state) : state_(state) {}
-    ~Written() {
-        try {
-            write_out();
-        } catch (...) {
-            // It is a hint.
-        }
-    }
-    void add(HostRun run) {
-        append_run(runs_, run);
-        count_ += run.count;
-        if (state_.geometry.bytes(count_) >= write_out_bytes)
-            write_out();
-    }
-
-  private:
-    void write_out() {
-        const Geometry &g = state_.geometry;
-        coalesce(runs_);
-        for (auto run = runs_.begin(); run != runs_.end();) {
-            const HostCluster first = run->first;
-            HostCluster last = run->end();
-            for (++run; run != runs_.end() && g.bytes(run->first - last) <= gap_bytes; ++run)
-                last = run->end();
-            state_.data.start_writing_out(g.offset_of(first), g.bytes(last - first));
-        }
-        runs_.clear();
-        count_ = 0;
-    }
-
-    State &state_;
-    std::vector<HostRun> runs_;
-    std::uint64_t count_ = 0;
-};
-
-void Compact::move_plain(const Work &work, const Wanted &want, const StopCheck &stop) {
+void Compact::move_plain(Work &work, const Wanted &want, const StopCheck &stop) {
     if (want.emptied && state_.allocator.retired_bytes() != 0 &&
         state_.allocator.free_below(want.end) - state_.allocator.free_below(want.site_end) < work.clusters.size())
         image_.give_back(); // what was emptied just now
-    Written written(state_);
     if (work.clusters.size() > most_)
-        return move_highest(work, want, written, stop);
+        return move_highest(work, want, stop);
     // All destinations at once, so that requests in parallel do not shred guest order.
     auto room = state_.allocator.reserve_below(work.clusters.size(), want.end, want.site_end);
+    std::vector<HostRun> written;
     for (const auto &[cluster, source] : work.clusters) {
         if (room.empty())
             break;
-        move_one(cluster, source, room, want, written, stop);
+        if (const auto place = move_one(cluster, source, room, want, stop))
+            append_run(written, {*place, 1});
+    }
+    // Early, so that nobody's sync has much to wait for; with what little of others lies in between.
+    const Geometry &g = state_.geometry;
+    for (auto run = written.begin(); run != written.end();) {
+        const HostCluster first = run->first;
+        HostCluster last = run->end();
+        for (++run; run != written.end() && run->first >= last && g.bytes(run->first - last) <= gap_bytes; ++run)
+            last = run->end();
+        state_.data.start_writing_out(g.offset_of(first), g.bytes(last - first));
     }
 }
 
-/// The n-th cluster of those that there is room for gets the n-th free place. As both are taken out together, the next
-/// request for the range finds the same places for the rest.
-void Compact::move_highest(const Work &work, const Wanted &want, Written &written, const StopCheck &stop) {
-    const auto places = state_.allocator.lowest_free(work.clusters.size(), want.end, want.site_end);
-    const auto source_of = [&](std::size_t n) { return work.clusters[n].second; };
-    const auto keep_highest = [&](std::vector<std::size_t> &of, std::size_t count) {
-        if (of.size() <= count)
-            return;
-        const auto middle = of.begin() + static_cast<std::ptrdiff_t>(count);
-        std::nth_element(of.begin(), middle, of.end(),
-                         [&](std::size_t a, std::size_t b) { return source_of(a) > source_of(b); });
-        of.erase(middle, of.end());
-    };
-    std::vector<std::size_t> chosen(work.clusters.size());
-    std::iota(chosen.begin(), chosen.end(), std::size_t{0});
-    keep_highest(chosen, places.size());
-    std::sort(chosen.begin(), chosen.end());
-    std::vector<HostCluster> place_of(work.clusters.size());
-    for (std::size_t i = 0; i < chosen.size(); ++i)
-        place_of[chosen[i]] = places[i];
-    keep_highest(chosen, most_);
-    std::sort(chosen.begin(), chosen.end(), [&](std::size_t a, std::size_t b) { return source_of(a) < source_of(b); });
-    for (const std::size_t n : chosen) {
-        auto room = state_.allocator.reserve_at(place_of[n]);
-        if (room.empty()) // somebody else's by now
-            room = state_.allocator.reserve_below(1, want.end, want.site_end);
-        if (room.empty())
-            break;
-        move_one(work.clusters[n].first, source_of(n), room, want, written, stop);
+void Compact::move_highest(Work &work, const Wanted &want, const StopCheck &stop) {
+    auto room = state_.allocator.reserve_below(most_, want.end, want.site_end);
+    const auto higher = [](const auto &a, const auto &b) { return a.second > b.second; };
+    const auto middle = work.clusters.begin() + static_cast<std::ptrdiff_t>(room.count());
+    std::nth_element(work.clusters.begin(), middle, work.clusters.end(), higher);
+    std::sort(work.clusters.begin(), middle, higher);
+    for (auto at = middle; at != work.clusters.begin() && !room.empty();) {
+        --at;
+        (void)move_one(at->first, at->second, room, want, stop);
     }
 }
 
-void Compact::move_one(GuestCluster cluster, HostCluster source, Allocator::Reservation &room, const Wanted &want,
-                       Written &written, const StopCheck &stop) {
+/// Where it is now, if it has moved.
+std::optional<HostCluster> Compact::move_one(GuestCluster cluster, HostCluster source, Allocator::Reservation &room,
+                                             const Wanted &want, const StopCheck &stop) {
     require_going(stop);
     const std::uint64_t bytes = state_.geometry.cluster_size();
     auto share = room_for(bytes, want);
     const auto destination = relocate_into(state_, cluster, source, room, [&] { image_.give_back(); });
     if (!destination)
-        return;
+        return std::nullopt;
     share.moved();
-    written.add(destination->run);
     gauges_.moved_bytes += bytes;
+    return destination->run.first;
 }
 
 } // namespace qlean
