@@ -11,7 +11,7 @@ namespace qlean {
 namespace {
 
 /// So much of the limit is worth a commit. Less, and there are many; more, and who moves has to wait for one.
-constexpr std::uint64_t worth_share = 2;
+constexpr std::uint64_t worth_thirds = 2;
 
 } // namespace
 
@@ -83,7 +83,7 @@ Uncommitted::Return::~Return() {
 
 /// A little is, for whoever waits for room.
 bool Uncommitted::worth_returning() const {
-    return moved_ != 0 && !failure_ && (waiting_ != 0 || moved_ >= limit_ / worth_share);
+    return moved_ != 0 && !failure_ && (waiting_ != 0 || moved_ >= limit_ / 3 * worth_thirds);
 }
 
 void Uncommitted::keep_returning() {

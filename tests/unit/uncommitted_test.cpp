@@ -120,10 +120,10 @@ TEST_CASE("Uncommitted: stopped while it gives back, it waits, and keeps count o
         std::this_thread::sleep_for(std::chrono::milliseconds(20)); // stop() comes in between, if it can
         ended = true;
     });
-    uncommitted.take(8, 16).moved();
+    uncommitted.take(12, 16).moved();
     while (!gives_back)
         std::this_thread::yield();
-    uncommitted.take(7, 16).moved(); // not worth a return of its own
+    uncommitted.take(4, 16).moved(); // not worth a return of its own
     second_moved.set_value();
     uncommitted.stop();
     CHECK(ended);
