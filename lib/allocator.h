@@ -131,7 +131,8 @@ class Allocator {
     /// Extends the file so that [first, first + count), beyond what is covered, is in use; what is skipped is free.
     void claim_beyond(HostCluster first, std::uint64_t count);
 
-    /// Punches up to `max_bytes` of free clusters that still hold host space; false when there was nothing to do.
+    /// Punches up to `max_bytes` of free clusters that still hold host space, and with them what is free in between, up
+    /// to as much again; none of it can be handed out meanwhile. False when there was nothing to do.
     bool punch_step(std::uint64_t max_bytes);
     /// Shortens the file by up to `max_bytes` of free tail, but not below `floor`; false when nothing is left to do.
     bool truncate_step(std::uint64_t max_bytes, HostCluster floor);

@@ -192,7 +192,8 @@ TEST_CASE("What is not supported is refused by name") {
 
 TEST_CASE("What an error says holds no control characters, whatever an image or a client calls something") {
     const Error error(Error::Kind::unsupported, ENOENT, "there is no export '\x1b[31m\n\x7f'");
-    CHECK(std::string(error.what()) == "there is no export '?[31m?" "?'");
+    CHECK(std::string(error.what()) == "there is no export '?[31m?"
+                                       "?'");
 }
 
 TEST_CASE("An unknown feature is called what the image calls it, without its control characters") {
