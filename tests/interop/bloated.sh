@@ -41,6 +41,7 @@ while not os.path.exists(sys.argv[2]):
 print(peak, longest, samples)
 END
 sampler=$!
+[ "$(status .compact.most_by_request)" = 33554432 ] || fail "no long ranges are asked for: $(status .compact)"
 started=$(date +%s%N)
 compact_kindly
 took=$((($(date +%s%N) - started) / 1000000))
