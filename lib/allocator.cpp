@@ -86,6 +86,12 @@ Allocator::Reservation Allocator::Reservation::take_adjacent() {
     return taken;
 }
 
+void Allocator::Reservation::append(Reservation more) {
+    allocator_ = more.allocator_;
+    extents_.insert(extents_.end(), more.extents_.begin(), more.extents_.end());
+    more.extents_.clear();
+}
+
 // --- taking -------------------------------------------------------------------------------------------------------
 
 void Allocator::note(HostRun run) {

@@ -59,6 +59,8 @@ class Allocator {
         void distrust_first() { extents_.front().zero = false; }
         /// The clusters from the first one on that are adjacent, as a reservation of their own.
         Reservation take_adjacent();
+        /// `more` comes after the last cluster.
+        void append(Reservation more);
 
       private:
         friend class Allocator;

@@ -65,14 +65,18 @@ Repacker::Place Repacker::take(Stretch &stretch, std::uint64_t bytes, std::uint6
     return place;
 }
 
-void Repacker::begin_stretch(Allocator::Reservation clusters) {
-    const Geometry &g = state_.geometry;
-    const HostCluster first = clusters.extents().front().run.first;
-    const HostCluster end = first + clusters.count();
+void Repacker::will_fill(HostCluster first, HostCluster end) {
     if (filled_.size() < end.value)
         filled_.resize(std::max(end.value, state_.allocator.end()));
     std::fill(filled_.begin() + static_cast<std::ptrdiff_t>(first.value),
               filled_.begin() + static_cast<std::ptrdiff_t>(end.value), true);
+}
+
+void Repacker::begin_stretch(Allocator::Reservation clusters) {
+    const Geometry &g = state_.geometry;
+    const HostCluster first = clusters.extents().front().run.first;
+    const HostCluster end = first + clusters.count();
+    will_fill(first, end);
     if (stretches_.size() == max_stretches) {
         const auto least =
             std::min_element(stretches_.begin(), stretches_.end(),
@@ -80,6 +84,26 @@ void Repacker::begin_stretch(Allocator::Reservation clusters) {
         stretches_.erase(least);
     }
     stretches_.push_back({std::move(clusters), g.offset_of(first), g.offset_of(end), 0});
+}
+
+/// With the mutex held. A stretch goes on where what follows it has come free: less is lost than with a new one. False:
+/// none can go on so far that `bytes` fit.
+bool Repacker::extend_stretch(std::uint64_t bytes, std::uint64_t referrers, const Site &site) {
+    const Geometry &g = state_.geometry;
+    for (Stretch &s : stretches_) {
+        const HostCluster first = g.cluster_of(s.end);
+        const HostCluster end = first + (g.cluster_of(next(s, referrers) + bytes - 1) + 1 - first);
+        if (end > site.end)
+            continue;
+        auto more = state_.allocator.reserve_contiguous_below(end - first, end, first, Allocator::Embargo::respected);
+        if (more.empty())
+            continue;
+        will_fill(first, end);
+        s.clusters.append(std::move(more));
+        s.end = g.offset_of(end);
+        return true;
+    }
+    return false;
 }
 
 /// With the mutex held. False: there is no room for `bytes`.
@@ -148,7 +172,7 @@ std::optional<Repacker::Place> Repacker::place(std::uint64_t bytes, std::uint64_
                 stretches_.erase(stretches_.begin() + (best - stretches_.data()));
             return place;
         }
-        if (!open_stretch(bytes, site))
+        if (!extend_stretch(bytes, referrers, site) && !open_stretch(bytes, site))
             return std::nullopt;
     }
 }

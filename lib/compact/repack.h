@@ -55,8 +55,10 @@ class Repacker {
     /// For an extent that has this many `referrers`.
     std::optional<Place> place(std::uint64_t bytes, std::uint64_t referrers, const Site &site);
     HostOffset next(const Stretch &stretch, std::uint64_t referrers) const;
+    bool extend_stretch(std::uint64_t bytes, std::uint64_t referrers, const Site &site);
     bool open_stretch(std::uint64_t bytes, const Site &site);
     void begin_stretch(Allocator::Reservation clusters);
+    void will_fill(HostCluster first, HostCluster end);
     Place take(Stretch &stretch, std::uint64_t bytes, std::uint64_t referrers);
 
     Image &image_;

@@ -8,6 +8,7 @@
 #include "lib/l2_entry.h"
 #include "lib/snapshot_table.h"
 
+#include <random>
 #include <set>
 #include <zlib.h>
 
@@ -63,6 +64,10 @@ std::vector<Extent> compress(const ImagePlan &plan) {
         Bytes from(cluster), to(cluster * 2 + 64);
         for (std::uint64_t i = 0; i < cluster; ++i)
             from[i] = filled(guest * cluster + i);
+        std::mt19937_64 random(guest);
+        const std::uint64_t noise = plan.noise / 2 + random() % (plan.noise / 2 + 1);
+        for (std::uint64_t i = 0; i < noise; ++i)
+            from[i] = static_cast<std::byte>(random());
         z_stream stream{};
         deflateInit2(&stream, Z_DEFAULT_COMPRESSION, Z_DEFLATED, -12, 9, Z_DEFAULT_STRATEGY);
         stream.next_in = reinterpret_cast<Bytef *>(from.data());

@@ -28,6 +28,8 @@ struct ImagePlan {
     /// cluster `compressed_at` on, each as many bytes behind the one before as it says here.
     std::map<std::uint64_t, std::uint64_t> compressed;
     std::uint64_t compressed_at = 0;
+    /// In a compressed cluster, half as many bytes to so many are noise instead: extents differ in length then.
+    std::uint64_t noise = 0;
     /// L2 tables, L1 table, refcount table and refcount blocks, in that order, from this host cluster on; 0: after the
     /// data.
     std::uint64_t metadata_at = 0;

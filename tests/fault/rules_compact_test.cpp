@@ -4,6 +4,7 @@
 // The rules of compaction as a whole: what moves when and when it is done (C1), where to (C2), who may and how it is
 // stopped (C2, C3), tables of nothing (C9).
 #include "lib/byte_order.h"
+#include "lib/compression.h"
 #include "tests/fault/scene_moves.h"
 
 using namespace qlean;
@@ -281,4 +282,62 @@ TEST_CASE("C2: what a plan promises can be done, with compressed extents about t
                     CHECK((read_all(*s.image) == model));
                     CHECK(judge(s.disk->bytes()).clean());
                 }
+}
+
+TEST_CASE("C2: where room for compressed extents comes free bit by bit, none is lost where the bits meet") {
+    constexpr std::uint64_t size = 65536, count = 160;
+    std::uint64_t needed = 0, taken = 0;
+    for (std::uint64_t seed = 1; seed <= 6; ++seed) {
+        INFO("seed " << seed);
+        std::mt19937_64 random(seed);
+        ImagePlan plan;
+        plan.cluster_bits = 16;
+        plan.virtual_size = count * size;
+        plan.metadata_at = 1;
+        plan.compressed_at = 8;
+        plan.noise = 58000;
+        for (std::uint64_t i = 0; i < count; ++i)
+            plan.compressed[i] = random() % 12000;
+        Scene s(build_image(plan).bytes);
+        State &state = s.image->state();
+        const Bytes model = read_all(*s.image);
+        {
+            Compact compact(*s.image, s.ownership, s.gauges, 7);
+            for (bool left = true; left;) {
+                auto planned = compact.plan({0}, s.image->size(), 1000);
+                std::shuffle(planned.begin(), planned.end(), random);
+                left = false;
+                for (const auto &p : planned)
+                    for (std::uint64_t at = 0; p.to_do && at < p.length; at += size) {
+                        compact.run(p.at + at, size, never);
+                        left = true;
+                    }
+                compact.commit(never);
+            }
+        }
+        std::vector<Mapping> mappings(count);
+        state.mapper.survey({0}, mappings);
+        std::uint64_t bytes = 0;
+        std::set<std::uint64_t> packs;
+        for (const Mapping &m : mappings) {
+            REQUIRE(m.kind == Mapping::Kind::compressed);
+            const auto extent = entry::compressed_extent(m.bits, plan.cluster_bits);
+            Bytes compressed(extent.bytes), whole(size);
+            state.file.read(compressed, extent.at);
+            const std::uint64_t length =
+                compression::decompress(state.compressed.type(), compressed, whole).length.value();
+            bytes += length;
+            packs.insert(extent.at.value / size);
+            packs.insert((extent.at.value + length - 1) / size);
+        }
+        needed += divide_up(bytes, size);
+        taken += packs.size();
+        const std::uint64_t length = s.disk->length();
+        compact(s);
+        CHECK(s.disk->length() <= length);
+        CHECK((read_all(*s.image) == model));
+        CHECK(judge(s.disk->bytes()).clean());
+    }
+    INFO(taken << " clusters where " << needed << " would do");
+    CHECK(taken * 1000 <= needed * 1055);
 }

@@ -53,6 +53,8 @@ void ImageUser::close() {
 }
 
 void ImageUser::operate(Input &in) {
+    if (!image_)
+        return; // what the last server left, the next one refused: only an altered image may be like that
     constexpr std::uint64_t guest_kinds = 10, kinds = 19;
     const std::uint64_t which = in.below(kinds);
     try {
