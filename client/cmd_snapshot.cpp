@@ -34,14 +34,6 @@ json read_page(const Target &target) {
     return page;
 }
 
-// Control characters in a name must not reach the terminal.
-std::string printable(std::string text) {
-    for (char &c : text) {
-        c = static_cast<unsigned char>(c) < 0x20 || c == 0x7f ? '?' : c;
-    }
-    return text;
-}
-
 std::string show_date(const json &snapshot) {
     const auto seconds = static_cast<std::time_t>(snapshot.value("date", std::uint64_t{0}));
     return fmt::format("{:%Y-%m-%d %H:%M:%S}", fmt::localtime(seconds));

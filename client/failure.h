@@ -8,6 +8,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 namespace qlean {
 
@@ -24,21 +25,23 @@ enum class ExitCode : int {
     leaks = 3,
 };
 
+// With `?` for each control character that is not one of `kept`.
+inline std::string printable(std::string text, std::string_view kept = {}) {
+    for (char &c : text) {
+        const bool control = static_cast<unsigned char>(c) < 0x20 || c == 0x7f;
+        c = control && kept.find(c) == kept.npos ? '?' : c;
+    }
+    return text;
+}
+
 class Failure : public std::runtime_error {
   public:
     explicit Failure(const std::string &text, ExitCode code = ExitCode::error)
-        : std::runtime_error(printable(text)), code_(code) {}
+        : std::runtime_error(printable(text, "\n")), code_(code) {}
 
     ExitCode code() const noexcept { return code_; }
 
   private:
-    static std::string printable(std::string text) {
-        for (char &c : text) {
-            c = (static_cast<unsigned char>(c) < 0x20 && c != '\n') || c == 0x7f ? '?' : c;
-        }
-        return text;
-    }
-
     ExitCode code_;
 };
 

@@ -21,6 +21,9 @@ constexpr std::uint64_t longest_question = 4096 * mebibyte - 2 * mebibyte;
 
 } // namespace
 
+PlanBuilder::PlanBuilder(std::uint64_t target)
+    : target_(target), longest_piece_(16 * mebibyte), longest_hole_(mebibyte) {}
+
 PlanBuilder PlanBuilder::wide(std::uint64_t share) {
     PlanBuilder builder(2048 * mebibyte);
     builder.longest_piece_ = builder.longest_hole_ = longest_question;

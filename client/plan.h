@@ -39,7 +39,7 @@ struct Plan {
 class PlanBuilder {
   public:
     // At most `target` bytes to do in each piece: a power of two, at least the cluster size.
-    explicit PlanBuilder(std::uint64_t target) : target_(target) {}
+    explicit PlanBuilder(std::uint64_t target);
     // Or pieces as long as a request can be, each there as often as it takes if one request does `share` bytes of it:
     // what is done first is left to the server.
     static PlanBuilder wide(std::uint64_t share);
@@ -49,13 +49,11 @@ class PlanBuilder {
     Plan take();
 
   private:
-    static constexpr std::uint64_t mebibyte = 1048576;
-
     void append(std::uint64_t offset, std::uint64_t length);
 
     std::uint64_t target_;
-    std::uint64_t longest_piece_ = 16 * mebibyte;
-    std::uint64_t longest_hole_ = mebibyte;
+    std::uint64_t longest_piece_;
+    std::uint64_t longest_hole_;
     std::uint64_t share_ = 0; // only if wide
     Plan plan_;
 };

@@ -50,10 +50,7 @@ std::string feature_name(const Header &header, unsigned bit) {
             if (data[at] != std::byte{0} || data[at + 1] != std::byte(bit))
                 continue;
             const auto *text = reinterpret_cast<const char *>(data.data() + at + 2);
-            std::string name(text, ::strnlen(text, 46));
-            for (char &c : name)
-                if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f)
-                    c = '?';
+            const std::string_view name(text, ::strnlen(text, 46));
             return fmt::format("'{}' (incompatible feature bit {})", name, bit);
         }
     }

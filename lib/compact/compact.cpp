@@ -6,7 +6,6 @@ namespace qlean {
 
 namespace {
 
-constexpr std::uint64_t batch = 4096;
 /// Work between commits: bounds the space used on the way and how long a guest's flush can take.
 constexpr std::uint64_t max_moved_bytes = 32 * 1024 * 1024;
 constexpr std::uint64_t min_moved_bytes = 1024 * 1024;

@@ -36,6 +36,8 @@ class Compact final : public Maintenance {
     void commit(const StopCheck &stop) override;
 
   private:
+    static constexpr std::uint64_t batch = 4096; ///< entries that are looked at together
+
     void prepare(const StopCheck &stop);
     /// The clusters to move of [first, last], and what L2 tables go with them.
     struct Work {
@@ -97,18 +99,18 @@ class Compact final : public Maintenance {
     bool lacks_copied_flags_ PROTECTED_BY(mutex_) = false;
     std::set<std::uint64_t> empty_tables_ PROTECTED_BY(mutex_);
     std::uint64_t pinned_ PROTECTED_BY(mutex_) = 0;
-    // Where there are compressed clusters; as of the walk that preceded the last plan:
+    // Where there are compressed clusters; as of the walk that preceded the last plan.
     bool has_packs_ PROTECTED_BY(mutex_) = false;
-    unsigned passes_ PROTECTED_BY(mutex_) = 0;                              ///< such walks
-    bool packs_changed_ PROTECTED_BY(mutex_) = false;                       ///< since that walk
-    std::shared_ptr<const std::vector<bool>> emptied_ PROTECTED_BY(mutex_); ///< packs that are to be emptied
-    std::uint64_t live_goal_ PROTECTED_BY(mutex_) =
-        0; ///< clusters in use when all is done, without what Layout::measure takes out
-    HostCluster site_end_ PROTECTED_BY(mutex_){0}; ///< below it, what comes free is for compressed extents
-    std::uint64_t slack_ PROTECTED_BY(mutex_) = 0; ///< more than the ideal, because there was no room
-    SnapshotWork snapshot_work_
-        PROTECTED_BY(mutex_); ///< as of the walk that preceded the last plan, less what was taken from it
-    bool snapshots_changed_ PROTECTED_BY(mutex_) = false; ///< since that walk
+    unsigned passes_ PROTECTED_BY(mutex_) = 0;        // such walks
+    bool packs_changed_ PROTECTED_BY(mutex_) = false; // since that walk
+    std::shared_ptr<const std::vector<bool>> emptied_ PROTECTED_BY(mutex_);
+    // Clusters in use when all is done, without what Layout::measure takes out.
+    std::uint64_t live_goal_ PROTECTED_BY(mutex_) = 0;
+    HostCluster site_end_ PROTECTED_BY(mutex_){0};
+    std::uint64_t slack_ PROTECTED_BY(mutex_) = 0; // more than the ideal, because there was no room
+    // As of the walk that preceded the last plan, less what was taken from it.
+    SnapshotWork snapshot_work_ PROTECTED_BY(mutex_);
+    bool snapshots_changed_ PROTECTED_BY(mutex_) = false; // since that walk
 
     Repacker repacker_;
     std::atomic<std::uint64_t> placed_{0}, unplaced_{0}; ///< bytes of extents, and those that found no room since then

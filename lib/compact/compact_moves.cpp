@@ -15,7 +15,6 @@ namespace qlean {
 
 namespace {
 
-constexpr std::uint64_t batch = 4096;
 /// Clusters to move that are looked for in one range, which bounds the memory; and L2 tables, which move at once.
 constexpr std::size_t most_found = std::size_t{1} << 20, most_tables = 1024;
 /// Between two places that are written out by one call.
