@@ -290,7 +290,15 @@ TEST_CASE(
         Allocator &a = image->state().allocator;
         a.load_all();
         image->give_back();
-        const Bytes kept = read_some(*image, 100 * 512, 50 * 512);
+        const auto kept = [&] { // every eighth of those that are trimmed, and 50 in a row
+            Bytes bytes = read_some(*image, 100 * 512, 50 * 512);
+            for (std::uint64_t c = 7; c < 200; c += 8) {
+                const Bytes one = read_some(*image, c * 512, 512);
+                bytes.insert(bytes.end(), one.begin(), one.end());
+            }
+            return bytes;
+        };
+        const Bytes before = kept();
         const std::uint64_t free = a.counts().free;
         int punches = 0;
         std::uint64_t longest = 0;
@@ -301,8 +309,12 @@ TEST_CASE(
             if (++punches == 2 && fails)
                 throw_io(EIO, "punching");
         });
-        image->trim({0}, 100 * 512); // one beside the other but for what is free
-        image->trim({150 * 512}, 50 * 512);
+        std::uint64_t trimmed = 0;
+        for (std::uint64_t c = 0; c < 200; ++c)
+            if (c % 8 != 7 && (c < 100 || c >= 150)) {
+                image->trim({c * 512}, 512);
+                ++trimmed;
+            }
         image->state().write_back.commit(WriteBack::Give::back);
         const auto punch = [&] {
             while (a.punch_step(64 * 512)) {
@@ -315,14 +327,52 @@ TEST_CASE(
             punch();
             // A step takes 64 of those trimmed, and of what lies between, three and three, 64 as well.
             CHECK(punches <= 3 * (64 - 64 / 3));
+            CHECK(longest >= 25 * 512); // between two that are in use
         }
         CHECK(longest <= 64 * 512);
-        CHECK(a.counts().free == free + 150);
+        CHECK(a.counts().free == free + trimmed);
         CHECK(a.counts().punching == 0);
-        CHECK(read_some(*image, 100 * 512, 50 * 512) == kept);
+        CHECK((kept() == before));
         image->close();
         CHECK(judge(disk->bytes()).clean());
     }
+}
+
+TEST_CASE("B3: nobody is handed what is being punched, nor the free clusters that go with it") {
+    ImagePlan plan;
+    plan.virtual_size = 64 * 512;
+    plan.metadata_at = 2;
+    for (std::uint64_t c = 0; c < 64; ++c)
+        plan.data[c] = 20 + c * 4;
+    const auto disk = std::make_shared<FaultyDisk>(build_image(plan).bytes);
+    auto image = open_image(disk);
+    Allocator &a = image->state().allocator;
+    a.load_all();
+    image->give_back();
+    image->trim({0}, 32 * 512);
+    image->state().write_back.commit(WriteBack::Give::back);
+    std::atomic<std::uint64_t> at{0}, length{0};
+    Breakpoint punch(disk, Breakpoint::When::before, [&](const Request &r) {
+        if (r.op != Op::punch || r.length < 32 * 512)
+            return false;
+        at = r.at;
+        length = r.length;
+        return true;
+    });
+    std::thread punching([&] { a.punch_step(64 * 512); });
+    REQUIRE(punch.wait()); // a punch of what was trimmed, with what lies between
+    {
+        const auto room = a.reserve_below(1000, {a.end()});
+        CHECK(room.count() > 0);
+        for (const auto &e : room.extents())
+            CHECK((e.run.end().value * 512 <= at || e.run.first.value * 512 >= at + length));
+    }
+    punch.release();
+    punching.join();
+    image->state().write_back.commit(WriteBack::Give::back);
+    CHECK(a.counts().punching == 0);
+    image->close();
+    CHECK(judge(disk->bytes()).clean());
 }
 
 TEST_CASE("B3: a guest that uses the cluster is not waited for, and waits for no cold read") {
