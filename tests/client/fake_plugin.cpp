@@ -19,8 +19,10 @@
 //   flush-error=1           every FLUSH fails with EIO
 //   die-after=N             the process ends when the N-th CACHE begins
 //   guest-p99=N             status tells of a guest whose requests take N microseconds
+//   guest-after=N           but not before the N-th CACHE
 //   status-error=1          status cannot be read from the first CACHE to the next FLUSH
 //   stuck=OP                CACHE succeeds without doing anything
+//   stuck-from=N            CACHE of a range of N bytes and more does
 //   version=TEXT            the nbdkit version that status tells ("" leaves it out)
 //   log=PATH                one JSON object a line for each request
 
@@ -67,7 +69,8 @@ struct Settings {
     int error_number = EIO;
     bool flush_error = false;
     uint64_t die_after = 0;
-    uint64_t guest_p99 = 0;
+    uint64_t guest_p99 = 0, guest_after = 0;
+    uint64_t stuck_from = UINT64_MAX;
     bool status_error = false;
     bool read_only = false;
 };
@@ -163,6 +166,10 @@ int config(const char *raw_key, const char *raw_value) {
         settings.die_after = number(value);
     } else if (key == "guest-p99") {
         settings.guest_p99 = number(value);
+    } else if (key == "guest-after") {
+        settings.guest_after = number(value);
+    } else if (key == "stuck-from") {
+        settings.stuck_from = number(value);
     } else if (key == "status-error") {
         settings.status_error = true;
     } else if (key == "stuck") {
@@ -288,7 +295,7 @@ std::string make_page() {
     if (settings.most_by_request != 0) {
         page["compact"]["most_by_request"] = settings.most_by_request;
     }
-    if (settings.guest_p99 != 0) {
+    if (settings.guest_p99 != 0 && caches >= settings.guest_after) {
         page["guest"]["latency_us"]["p99"] = settings.guest_p99;
     }
     std::string text = page.dump();
@@ -388,7 +395,7 @@ int cache(void *handle, uint32_t count, uint64_t offset, uint32_t) {
         linger(settings.cache_ms);
     }
     lock.lock();
-    if (error == 0 && h.name != settings.stuck) {
+    if (error == 0 && h.name != settings.stuck && count < settings.stuck_from) {
         auto &plan = plans[h.name];
         uint64_t most = h.name == "compact" && settings.most_by_request != 0 ? settings.most_by_request : settings.size;
         for (uint64_t at = (offset + count + unit - 1) / unit; at > offset / unit && most >= unit; at--) {

@@ -130,6 +130,26 @@ class Compact(Case):
         self.assertGreater(summary["operations"][0]["passes"], 2)
         self.assertEqual(summary["operations"][0]["remaining_bytes"], 0)
 
+    def test_a_wide_pass_that_gains_nothing_is_not_the_end(self):
+        server = self.server("size=64M", "todo=compact:0+48M", "most-by-request=32M", "stuck-from=32M")
+        summary = self.run_json("compact", "--no-zeroes", server.socket)
+        lengths = [e["length"] for e in events(server.log(), "cache")]
+        self.assertEqual(lengths[:2], [48 * M] * 2)
+        self.assertLessEqual(max(lengths[2:]), 16 * M)
+        self.assertEqual(summary["operations"][0]["remaining_bytes"], 0)
+        self.assertIsNone(summary["operations"][0]["note"])
+
+    def test_a_guest_that_comes_during_a_wide_pass(self):
+        server = self.server("size=1G", "todo=compact:0+512M", "most-by-request=1M", "cache-ms=10", "guest-p99=100",
+                             "guest-after=20")
+        summary = self.run_json("compact", "--no-zeroes", server.socket)
+        lengths = [e["length"] for e in events(server.log(), "cache")]
+        wide = lengths.count(512 * M)
+        self.assertLess(20, wide)
+        self.assertLess(wide, 512)
+        self.assertLessEqual(max(lengths[wide:]), 4 * M)
+        self.assertEqual(summary["operations"][0]["remaining_bytes"], 0)
+
     def test_beside_a_guest_and_under_a_limit_piece_by_piece(self):
         for setting, option in (("guest-p99=100", []), ("pending=0", ["--max-rate", "1G"])):
             with self.subTest(setting=setting):
