@@ -376,3 +376,24 @@ TEST_CASE("A refcount of one with the COPIED flag clear is safe: the first write
     CHECK(judge(now).sound());
     CHECK(s.cut_everywhere(1, 4) == "");
 }
+
+TEST_CASE("A close waits for whoever gives back at that moment, and nothing reaches the file after it") {
+    ImagePlan plan;
+    plan.virtual_size = 64 * 512;
+    plan.map_all(20);
+    Scene s(build_image(plan).bytes);
+    Beside giving, closing;
+    Breakpoint punch(s.disk, Breakpoint::When::before, [](const Request &r) { return r.op == Op::punch; });
+    s.image->trim({0}, 16 * 512);
+    giving.start([&] { s.image->give_back(); });
+    REQUIRE(punch.wait());
+    closing.start([&] { s.image->close(); });
+    CHECK_FALSE(closing.finished(std::chrono::milliseconds(200)));
+    punch.release();
+    giving.join();
+    closing.join();
+    const auto changes = s.disk->count(any_change);
+    CHECK_NOTHROW(s.image->give_back());
+    CHECK(s.disk->count(any_change) == changes);
+    CHECK(judge(s.disk->bytes()).clean());
+}
