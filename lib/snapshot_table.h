@@ -40,12 +40,15 @@ struct SnapshotTable {
     /// QEMU refuses more than this.
     static constexpr std::uint64_t max_bytes = std::uint64_t{64} * 1024 * 1024;
     static constexpr std::uint64_t max_extra_bytes = 1024;
+    /// With what may lie before it, so that it is aligned.
+    static constexpr std::uint64_t longest_entry = 8 + 40 + max_extra_bytes + 2 * 65535;
     static constexpr std::uint64_t max_l1_bytes = std::uint64_t{32} * 1024 * 1024;
 
     std::vector<SnapshotEntry> entries;
 
     /// Decodes the table of `count` snapshots that begins at the start of `bytes`, which may hold more than the table.
-    /// Throws Error naming `file`. `length`: set to the bytes of the table.
+    /// Throws Error naming `file`. `length`: set to the bytes of the table; also if it throws, to those of the
+    /// entries before the one that it names.
     static SnapshotTable decode(std::span<const std::byte> bytes, std::uint32_t count, const Geometry &geometry,
                                 const std::string &file, std::uint64_t *length);
     std::vector<std::byte> encode() const;

@@ -31,9 +31,10 @@ SnapshotTable read_table(File &file, const Header &header, std::uint64_t length,
         try {
             return SnapshotTable::decode(bytes, header.snapshot_count, geometry, file.name(), bytes_used);
         } catch (const Error &) {
-            if (size == available)
+            // Reading more helps if it is the end of what was read that the entry runs into.
+            if (size == available || size - *bytes_used >= SnapshotTable::longest_entry)
                 throw;
-            size = std::min(available, size * 8);
+            size = std::min(available, size * 2 + SnapshotTable::longest_entry);
         }
     }
 }

@@ -70,6 +70,48 @@ TEST_CASE("L1 tables of snapshots that lie on top of each other are not all read
     require_refused(std::make_shared<MemoryDisk>(bytes), true, "larger than the file");
 }
 
+TEST_CASE("Of a snapshot table with a damaged entry no more is read than up to that entry") {
+    struct Watched : MemoryFile {
+        Watched(std::shared_ptr<MemoryDisk> disk, std::uint64_t &longest)
+            : MemoryFile(std::move(disk)), longest_(longest) {}
+        void read(std::span<std::byte> into, HostOffset at) override {
+            longest_ = std::max<std::uint64_t>(longest_, into.size());
+            MemoryFile::read(into, at);
+        }
+        std::uint64_t &longest_;
+    };
+    ImagePlan plan;
+    plan.virtual_size = 64 * 1024;
+    Bytes bytes = build_image(plan).bytes;
+    SnapshotTable table;
+    SnapshotEntry e;
+    e.l1_offset = {1}; // no cluster begins there
+    e.l1_size = 1;
+    e.name = std::string(60000, 'x');
+    table.entries.push_back(e);
+    const std::uint64_t at = round_up(bytes.size(), cluster);
+    const auto encoded = table.encode();
+    bytes.resize(at);
+    bytes.insert(bytes.end(), encoded.begin(), encoded.end());
+    const auto disk = std::make_shared<MemoryDisk>(bytes);
+    disk->length = std::uint64_t{128} << 20; // what follows is a hole
+    for (const std::uint32_t count : {1u, 1000u}) {
+        store_be<std::uint32_t>(disk->bytes, 60, count);
+        store_be<std::uint64_t>(disk->bytes, 64, at);
+        std::uint64_t longest = 0;
+        try {
+            Image::open(std::make_unique<Watched>(disk, longest), {});
+            FAIL("it was opened");
+        } catch (const Error &error) {
+            const std::string text = error.what();
+            INFO(text);
+            CHECK(text.find("entry 0 of its snapshot table has its L1 table at the impossible offset") != text.npos);
+        }
+        CHECK(longest >= encoded.size());
+        CHECK(longest <= 1 << 20);
+    }
+}
+
 TEST_CASE("A check reads no bitmap table again and again for a directory that names it often") {
     ImagePlan plan;
     plan.virtual_size = 256 * 1024;
