@@ -32,20 +32,27 @@ struct flock byte_lock(short type, off_t at) {
                     file.name()));
 }
 
+/// NFS mounted with `nolock`, or a FUSE file system that has none. Served all the same, two writers would meet.
+[[noreturn]] void throw_without_locks(int code, const PosixFile &file) {
+    throw_io(code,
+             fmt::format("cannot lock '{}', so others could change it meanwhile; its file system must support open "
+                         "file description locks (NFS does unless it is mounted with 'nolock')",
+                         file.name()));
+}
+
 void share(const PosixFile &file, off_t at) {
     auto lock = byte_lock(F_RDLCK, at);
     if (::fcntl(file.descriptor(), F_OFD_SETLK, &lock) == 0)
         return;
     if (errno == EAGAIN || errno == EACCES)
         throw_busy(file);
-    throw_io(errno,
-             fmt::format("cannot lock '{}' (its file system must support open file description locks)", file.name()));
+    throw_without_locks(errno, file);
 }
 
 void require_free(const PosixFile &file, off_t at) {
     auto lock = byte_lock(F_WRLCK, at);
     if (::fcntl(file.descriptor(), F_OFD_GETLK, &lock) == -1)
-        throw_io(errno, fmt::format("cannot ask for the locks on '{}'", file.name()));
+        throw_without_locks(errno, file);
     if (lock.l_type != F_UNLCK)
         throw_busy(file);
 }

@@ -73,3 +73,17 @@ kill -0 "$(cat "$W/child")" || fail "the child is gone: nothing was tested"
 reads "${write[@]}" "$image"
 kill "$(cat "$W/child")"
 judge "$image"
+
+state="on a host without such locks"
+before=$(sha "$image")
+for number in 37 22 95; do # ENOLCK, EINVAL, EOPNOTSUPP
+    for command in rw ro; do
+        declare -n words=$command
+        LD_PRELOAD=$BUILD/tests/interop/no-locks.so NO_LOCKS=$number expect_failure "$state" "${words[@]}"
+        grep -q "cannot lock '$image', so others could change it meanwhile; its file system must support" "$W/failed.txt" ||
+            fail "$state: $(cat "$W/failed.txt")"
+    done
+done
+LD_PRELOAD=$BUILD/tests/interop/no-locks.so expect_failure "$state" "$QLEAN" compact "$image"
+grep -q "cannot lock '$image'.*nolock.*No locks available" "$W/failed.txt" || fail "$state: $(cat "$W/failed.txt")"
+[ "$(sha "$image")" = "$before" ] || fail "$state: the image was changed"
