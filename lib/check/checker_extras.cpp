@@ -79,20 +79,19 @@ void Checker::count_bitmaps() {
     if (bitmaps > max_bitmaps || bytes > max_bitmaps * 2048 || at.value > source_.length() ||
         bytes > round_up(source_.length(), cluster_) - at.value)
         return give_up("the bitmap directory is not valid");
-    std::vector<std::byte> directory(bytes);
-    source_.file().read(directory, at);
+    std::vector<std::byte> fixed(bitmap_fixed_bytes);
     std::uint64_t found = 0, read = 0;
     for (std::uint64_t from = 0; from < bytes; ++found) {
         require_going(stop_);
         if (bytes - from < bitmap_fixed_bytes)
             return give_up("the bitmap directory is not valid");
-        const std::uint64_t name = load_be<std::uint16_t>(directory, from + 18);
-        const std::uint64_t extra = load_be<std::uint32_t>(directory, from + 20);
+        source_.file().read(fixed, at + from); // names are not looked at
+        const std::uint64_t name = load_be<std::uint16_t>(fixed, 18);
+        const std::uint64_t extra = load_be<std::uint32_t>(fixed, 20);
         const std::uint64_t length = round_up(bitmap_fixed_bytes + extra + name, 8);
         if (length > bytes - from || name == 0 || name > max_bitmap_name)
             return give_up(fmt::format("entry {} of the bitmap directory is not valid", found));
-        read +=
-            count_bitmap_table({load_be<std::uint64_t>(directory, from)}, load_be<std::uint32_t>(directory, from + 8));
+        read += count_bitmap_table({load_be<std::uint64_t>(fixed, 0)}, load_be<std::uint32_t>(fixed, 8));
         if (read > source_.length() + cluster_)
             return give_up("the tables of the bitmaps overlap");
         from += length;

@@ -157,7 +157,7 @@ class Client:
             lengths = [0, 1, 511, 4096, rng.randrange(2 * CLUSTER), KEPT, 32 * MIB, 64 * MIB + 1, 0xFFFFFFFF]
         else:
             offset = rng.choice([0, rng.randrange(SIZE), rng.randrange(SIZE), SIZE - 1, SIZE, 1 << 63, (1 << 64) - 1])
-            lengths = [0, 1, 512, 4096, rng.randrange(65536), SIZE, 64 * MIB, 64 * MIB + 1, 0xFFFFFFFF]
+            lengths = [0, 1, 511, 512, 4096, rng.randrange(65536), SIZE, 64 * MIB, 64 * MIB + 1, 0xFFFFFFFF]
         length = rng.choice(lengths)
         magic = rng.getrandbits(32) if self.odd(60) else REQUEST
         data = b""
