@@ -11,7 +11,7 @@ namespace {
 constexpr std::uint64_t units_per_cluster = 32768;
 constexpr std::uint64_t sector = 512;
 /// The share of a pack that may be wasted.
-constexpr std::int64_t bearable_share = 64;
+constexpr std::int64_t bearable_share = 10;
 
 } // namespace
 

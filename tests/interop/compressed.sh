@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) 2026, the qlean authors
 #
-# Usage: compressed.sh zlib|zstd|damaged|narrow. Images that `qemu-img convert -c` made, of several cluster sizes and
+# Usage: compressed.sh zlib|zstd|damaged|narrow|scattered. Images that `qemu-img convert -c` made, of several cluster sizes and
 # every refcount width: read, written by a guest, trimmed, compacted beside it (extents are packed anew, about as closely as
 # they can be), overwritten, judged. And one with an extent that does not decompress; and one with a snapshot, where the
 # width of the refcounts decides how many extents go into a cluster.
@@ -233,8 +233,57 @@ END
     judge "$image" "$W/model"
 }
 
-type=${1:?zlib, zstd, damaged or narrow}
+# Extents that lie in the file in another order than the guest's, half of them trimmed: as short and as full by one
+# `qlean compact` as piece by piece, which is what a limit makes of it.
+scattered() {
+    local image=$W/a.qcow2 clusters=1500 limit short lengths=()
+    "$PYTHON" - "$W/model" "$image" $clusters <<'END'
+import os, random, subprocess, sys
+model, image, clusters, size = sys.argv[1], sys.argv[2], int(sys.argv[3]), 65536
+r = random.Random(5)
+qemu_io = ["qemu-io", "-f", "qcow2", "--cache=unsafe", "-d", "unmap", image]
+subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, str(clusters * size)], check=True)
+# Hexadecimal digits: compressed, each is half as long.
+contents = [r.randbytes(n).hex().encode().ljust(size, b"0") for n in (20000, 24000, 28000, 32768)]
+for n, data in enumerate(contents):
+    with open(f"{image}.{n}", "wb") as out:
+        out.write(data)
+what = {c: r.randrange(4) for c in r.sample(range(clusters), clusters)}
+writes = "".join(f"write -q -c -s {image}.{n} {c * size} {size}\n" for c, n in what.items())
+subprocess.run(qemu_io, input=writes.encode(), check=True, stdout=subprocess.DEVNULL)
+gone = set(r.sample(range(clusters), clusters // 2))
+trims = "".join(f"discard -q {c * size} {size}\n" for c in gone)
+subprocess.run(qemu_io, input=trims.encode(), check=True, stdout=subprocess.DEVNULL)
+with open(model, "wb") as out:
+    for c in range(clusters):
+        out.write(bytes(size) if c in gone else contents[what[c]])
+for n in range(4):
+    os.unlink(f"{image}.{n}")
+END
+    cp "$image" "$W/before"
+    for limit in '' --max-rate=1G; do
+        cp "$W/before" "$image"
+        start_server "$image"
+        compact $limit
+        [ $(($(allocated "$image") * 100)) -le $(($(allocated "$W/before") * 65)) ] || fail "the host has $(allocated "$image") of $(allocated "$W/before")"
+        # The first one gives up before the file is short (lib/README.md), the second one does not.
+        compact $limit
+        short=$(length "$image")
+        compact $limit
+        [ "$(length "$image")" -le "$short" ] || fail "compacted again, it has grown from $short to $(length "$image") bytes"
+        stop_server
+        packed "$image" 110
+        lengths+=("$(length "$image")")
+        judge "$image" "$W/model"
+    done
+    say "$(length "$W/before") bytes became ${lengths[*]}"
+    [ $((lengths[0] * 100)) -le $((lengths[1] * 102)) ] || fail "longer than piece by piece: ${lengths[*]}"
+    [ $((lengths[0] * 100)) -le $(($(length "$W/before") * 60)) ] || fail "hardly shorter: ${lengths[*]}"
+}
+
+type=${1:?zlib, zstd, damaged, narrow or scattered}
 case $type in
+scattered) scattered ;;
 damaged) damaged ;;
 narrow) narrow ;;
 zlib)
