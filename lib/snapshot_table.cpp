@@ -34,12 +34,12 @@ SnapshotTable SnapshotTable::decode(std::span<const std::byte> bytes, std::uint3
     const auto damaged = [&](std::size_t i, const std::string &what) {
         throw_bad_image("'{}' is damaged: entry {} of its snapshot table {}; see 'qemu-img check'", file, i, what);
     };
+    *length = 0;
     if (count > max_snapshots)
         throw_bad_image("'{}' is damaged: it claims {} snapshots, more than the {} that are possible", file, count,
                         max_snapshots);
     SnapshotTable table;
     std::uint64_t at = 0;
-    *length = 0;
     for (std::uint32_t i = 0; i < count; ++i) {
         at = round_up(at, entry_alignment);
         if (at > bytes.size() || bytes.size() - at < fixed_length)

@@ -24,7 +24,8 @@ SnapshotTable read_table(File &file, const Header &header, std::uint64_t length,
         throw_bad_image("'{}' is damaged: its snapshot table is at the impossible offset {:#x}; see 'qemu-img check'",
                         file.name(), at.value);
     const std::uint64_t available = std::min(length - at.value, SnapshotTable::max_bytes);
-    std::uint64_t size = std::min(available, 4096 + std::uint64_t{header.snapshot_count} * 512);
+    // The number may be a lie.
+    std::uint64_t size = std::min(available, 4096 + std::uint64_t{std::min(header.snapshot_count, 1024u)} * 512);
     for (;;) {
         std::vector<std::byte> bytes(size);
         file.read(bytes, at);
