@@ -33,6 +33,8 @@ void Compact::measure_packs(const Packs &packs) {
         emptied = packs.worth_emptying(worthwhile(live));
     else if (unplaced > 0 && passes_ <= max_emptying_passes)
         emptied = *emptied_;
+    else if (emptied_ && !emptied_->empty())
+        slack_ = 0; // it was room to empty them in
     for (std::uint64_t c = 0; c < emptied.size(); ++c)
         emptied[c] = emptied[c] && !repacker_.filled({c});
     for (;;) {
