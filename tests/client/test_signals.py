@@ -6,6 +6,8 @@ import signal
 
 from harness import *
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may themselves run under nohup, whose wish qlean respects
+
 
 class Signals(Case):
     def interrupt(self, number, name, version):
