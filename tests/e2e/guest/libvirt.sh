@@ -22,8 +22,19 @@ END
 exec 8>"$GUEST_DIR/libvirt-lock"
 flock -w 300 8 || fail "another test holds libvirt's cache" # one driver at a time writes to it
 
-coproc VIRSH { exec virsh -c "qemu:///embed?root=$W/l" 2>&1 8>&-; }
-PIDS+=("$VIRSH_PID")
+# libvirt looks up the user that it would run QEMU as before it reads the configuration. Debian makes that user with
+# libvirt-daemon-system, which would bring a daemon: where it is missing, this virsh sees one.
+as_if=()
+if ! getent passwd libvirt-qemu >/dev/null; then
+    for database in passwd group; do cp "/etc/$database" "$W/$database"; done
+    echo "libvirt-qemu:x:64055:64055:::/usr/sbin/nologin" >>"$W/passwd"
+    echo "libvirt-qemu:x:64055:" >>"$W/group"
+    as_if=(unshare --mount sh -c 'for d in passwd group; do mount --bind "$0/$d" "/etc/$d" || exit; done; exec "$@"' "$W")
+fi
+mkfifo "$W/to-virsh" "$W/from-virsh"
+"${as_if[@]}" virsh -c "qemu:///embed?root=$W/l" <"$W/to-virsh" >"$W/from-virsh" 2>&1 8>&- &
+PIDS+=($!)
+exec {to_virsh}>"$W/to-virsh" {from_virsh}<"$W/from-virsh"
 end_domains() { local f; for f in "$W"/l/run/qemu/*.pid; do [ ! -s "$f" ] || end_pid "$(cat "$f")"; done; }
 on_exit end_domains
 
@@ -34,12 +45,11 @@ v() {
 }
 
 # v_try COMMAND: the same into $V, false after an error
-VIRSH_IO=("${VIRSH[@]}")
 v_try() {
     local line mark="end of $RANDOM$RANDOM"
-    printf '%s\necho "%s"\n' "$*" "$mark" >&"${VIRSH_IO[1]}"
+    (printf '%s\necho "%s"\n' "$*" "$mark" >&"$to_virsh") || true # it has ended: what it said comes next
     V=
-    while IFS= read -r -t 120 line <&"${VIRSH_IO[0]}"; do
+    while IFS= read -r -t 120 line <&"$from_virsh"; do
         case $line in
         *"echo \"$mark"*) ;; # the command itself, where virsh repeats it
         *"$mark"*) [[ $V != *error:* ]]; return ;;
