@@ -32,11 +32,11 @@ struct flock byte_lock(short type, off_t at) {
                     file.name()));
 }
 
-/// NFS mounted with `nolock`, or a FUSE file system that has none. Served all the same, two writers would meet.
+/// NFS 3 without its lock service, or a FUSE file system that has none. Served all the same, two writers would meet.
 [[noreturn]] void throw_without_locks(int code, const PosixFile &file) {
     throw_io(code,
              fmt::format("cannot lock '{}', so others could change it meanwhile; its file system must support open "
-                         "file description locks (NFS does unless it is mounted with 'nolock')",
+                         "file description locks (NFS 3 needs rpc.statd running on the server and here)",
                          file.name()));
 }
 
