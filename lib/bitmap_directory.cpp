@@ -11,9 +11,7 @@ namespace qlean {
 
 namespace {
 
-constexpr std::size_t entry_bytes = 24; // without extra data and name
 constexpr unsigned min_granularity_bits = 9, max_granularity_bits = 31;
-constexpr std::size_t max_name = 1023;
 constexpr std::uint8_t type_dirty_tracking = 1;
 constexpr std::uint64_t max_file_offset = std::uint64_t{1} << 56;
 
@@ -72,7 +70,7 @@ std::vector<BitmapEntry> parse_bitmap_directory(std::span<const std::byte> bytes
     std::vector<BitmapEntry> entries;
     std::unordered_set<std::string> names;
     for (std::size_t at = 0; at < bytes.size();) {
-        if (bytes.size() - at < entry_bytes)
+        if (bytes.size() - at < BitmapEntry::fixed_bytes)
             broken("ends within an entry");
         if (entries.size() == count)
             broken("has more entries than its header says");
@@ -87,10 +85,10 @@ std::vector<BitmapEntry> parse_bitmap_directory(std::span<const std::byte> bytes
         const auto extra = load_be<std::uint32_t>(bytes, at + 20);
         if (extra != 0)
             broken("has an entry with extra data, which nobody can interpret");
-        const std::size_t length = round_up(entry_bytes + name_size, 8);
-        if (name_size > max_name || length > bytes.size() - at)
+        const std::size_t length = round_up(BitmapEntry::fixed_bytes + name_size, 8);
+        if (name_size > BitmapEntry::max_name_bytes || length > bytes.size() - at)
             broken("has an entry that does not fit");
-        e.name.assign(reinterpret_cast<const char *>(bytes.data() + at + entry_bytes), name_size);
+        e.name.assign(reinterpret_cast<const char *>(bytes.data() + at + BitmapEntry::fixed_bytes), name_size);
         require_valid(e, type, geometry, file);
         if (!names.insert(e.name).second)
             broken(fmt::format("has two bitmaps called '{}'", e.name));

@@ -22,7 +22,7 @@ struct BitmapsExtension {
     /// Where in the data the directory's offset is: 8 bytes, aligned, so that changing it is one write in one sector.
     static constexpr std::size_t offset_at = 16;
     static constexpr std::uint32_t max_bitmaps = 65535;
-    static constexpr std::uint64_t max_directory_bytes = 64 * 1024 * 1024;
+    static constexpr std::uint64_t max_directory_bytes = std::uint64_t{1024} * max_bitmaps; ///< as in QEMU
 
     std::uint32_t count = 0;
     std::uint64_t directory_bytes = 0;
@@ -36,6 +36,8 @@ struct BitmapsExtension {
 struct BitmapEntry {
     static constexpr std::uint32_t flag_in_use = 1u << 0; ///< what is stored is out of date
     static constexpr std::uint32_t flag_auto = 1u << 1;   ///< enabled: whoever writes to the disk marks it here
+    static constexpr std::size_t fixed_bytes = 24; ///< before its extra data and its name
+    static constexpr std::size_t max_name_bytes = 1023;
     static constexpr std::uint64_t max_bitmap_bytes = 512 * 1024 * 1024;
     // Where the fields are that change, within the entry: each lies in one sector, for entries are aligned to 8.
     static constexpr std::uint64_t table_at = 0, table_size_at = 8, flags_at = 12;

@@ -11,12 +11,11 @@ namespace qlean {
 
 namespace {
 
-constexpr std::size_t fixed_length = 40;
 constexpr std::uint64_t entry_alignment = 8;
 constexpr std::uint64_t max_file_offset = std::uint64_t{1} << 56;
 
 std::uint64_t encoded_length(const SnapshotEntry &e) {
-    return fixed_length + e.extra.size() + e.id.size() + e.name.size();
+    return SnapshotTable::fixed_bytes + e.extra.size() + e.id.size() + e.name.size();
 }
 
 } // namespace
@@ -42,7 +41,7 @@ SnapshotTable SnapshotTable::decode(std::span<const std::byte> bytes, std::uint3
     std::uint64_t at = 0;
     for (std::uint32_t i = 0; i < count; ++i) {
         at = round_up(at, entry_alignment);
-        if (at > bytes.size() || bytes.size() - at < fixed_length)
+        if (at > bytes.size() || bytes.size() - at < fixed_bytes)
             damaged(i, "lies beyond the end of the table");
         SnapshotEntry e;
         e.l1_offset = {load_be<std::uint64_t>(bytes, at)};
@@ -56,7 +55,7 @@ SnapshotTable SnapshotTable::decode(std::span<const std::byte> bytes, std::uint3
         const std::uint64_t extra_length = load_be<std::uint32_t>(bytes, at + 36);
         if (extra_length > max_extra_bytes)
             damaged(i, fmt::format("has {} bytes of extra data, more than {}", extra_length, max_extra_bytes));
-        at += fixed_length;
+        at += fixed_bytes;
         if (bytes.size() - at < extra_length + id_length + name_length)
             damaged(i, "is longer than the table");
         const auto take = [&](std::uint64_t n) {
@@ -109,7 +108,7 @@ std::vector<std::byte> SnapshotTable::encode() const {
         store_be<std::uint64_t>(bytes, at + 24, e.vm_clock_nsec);
         store_be<std::uint32_t>(bytes, at + 32, e.vm_state_size_32);
         store_be<std::uint32_t>(bytes, at + 36, static_cast<std::uint32_t>(e.extra.size()));
-        at += fixed_length;
+        at += fixed_bytes;
         const auto put = [&](const void *from, std::size_t n) {
             if (n != 0)
                 std::memcpy(bytes.data() + at, from, n);

@@ -40,8 +40,10 @@ struct SnapshotTable {
     /// QEMU refuses more than this.
     static constexpr std::uint64_t max_bytes = std::uint64_t{64} * 1024 * 1024;
     static constexpr std::uint64_t max_extra_bytes = 1024;
+    /// Of an entry, before its extra data, its id and its name.
+    static constexpr std::size_t fixed_bytes = 40;
     /// With what may lie before it, so that it is aligned.
-    static constexpr std::uint64_t longest_entry = 8 + 40 + max_extra_bytes + 2 * 65535;
+    static constexpr std::uint64_t longest_entry = 8 + fixed_bytes + max_extra_bytes + 2 * 65535;
     static constexpr std::uint64_t max_l1_bytes = std::uint64_t{32} * 1024 * 1024;
 
     std::vector<SnapshotEntry> entries;

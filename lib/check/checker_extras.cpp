@@ -2,6 +2,8 @@
 // Copyright (c) 2026, the qlean authors
 //
 // What refers to clusters besides the disk itself: internal snapshots and persistent bitmaps.
+#include "../bitmap_directory.h"
+#include "../snapshot_table.h"
 #include "checker.h"
 
 #include <map>
@@ -10,35 +12,31 @@ namespace qlean {
 
 namespace {
 
-constexpr std::uint64_t max_snapshots = 65536;
-constexpr std::uint64_t max_snapshot_table_bytes = 1024 * max_snapshots;
-constexpr std::uint64_t snapshot_fixed_bytes = 40;
 constexpr std::uint64_t wanted_extra_bytes = 16;
-constexpr std::uint64_t max_bitmaps = 65535;
-constexpr std::uint64_t bitmap_fixed_bytes = 24;
-constexpr std::uint64_t max_bitmap_name = 1023;
 constexpr std::uint64_t batch = 65536; ///< words of a table, however long it says it is
 constexpr std::uint64_t bitmap_reserved = 0xff00'0000'0000'01fe;
 
 } // namespace
 
 void Checker::count_snapshots() {
-    if (header_.snapshot_count > max_snapshots)
-        return give_up(fmt::format("{} internal snapshots are more than {}", header_.snapshot_count, max_snapshots));
+    if (header_.snapshot_count > SnapshotTable::max_snapshots)
+        return give_up(fmt::format("{} internal snapshots are more than {}", header_.snapshot_count,
+                                   SnapshotTable::max_snapshots));
     File &file = source_.file();
     // L1 tables that are the same are counted together: their number may be a lie.
     std::map<std::pair<HostOffset, std::uint32_t>, std::uint64_t> tables;
     std::uint64_t bytes = 0;
     for (std::uint32_t i = 0; i < header_.snapshot_count; ++i) {
         require_going(stop_);
-        std::vector<std::byte> fixed(snapshot_fixed_bytes);
+        std::vector<std::byte> fixed(SnapshotTable::fixed_bytes);
         file.read(fixed, header_.snapshots_offset + bytes);
         const HostOffset l1{load_be<std::uint64_t>(fixed, 0)};
         const auto entries = load_be<std::uint32_t>(fixed, 8);
         const std::uint64_t extra = load_be<std::uint32_t>(fixed, 36);
-        bytes += round_up(
-            snapshot_fixed_bytes + extra + load_be<std::uint16_t>(fixed, 12) + load_be<std::uint16_t>(fixed, 14), 8);
-        if (bytes > max_snapshot_table_bytes)
+        bytes += round_up(SnapshotTable::fixed_bytes + extra + load_be<std::uint16_t>(fixed, 12) +
+                              load_be<std::uint16_t>(fixed, 14),
+                          8);
+        if (bytes > SnapshotTable::max_bytes)
             return give_up("the snapshot table is impossibly long");
         if (header_.version >= 3 && extra < wanted_extra_bytes)
             corrupt(fmt::format("entry {} of the snapshot table is incomplete", i));
@@ -70,26 +68,27 @@ void Checker::count_snapshots() {
 void Checker::count_bitmaps() {
     const auto *extension = header_.extension(Header::extension_bitmaps);
     // Without the bit they are out of date, and their clusters leaked.
-    if (extension == nullptr || extension->data.size() < 24 || !(header_.autoclear & Header::autoclear_bitmaps))
+    if (extension == nullptr || extension->data.size() < BitmapsExtension::bytes ||
+        !(header_.autoclear & Header::autoclear_bitmaps))
         return;
     const std::uint64_t bitmaps = load_be<std::uint32_t>(extension->data, 0);
     const std::uint64_t bytes = load_be<std::uint64_t>(extension->data, 8);
     const HostOffset at{load_be<std::uint64_t>(extension->data, 16)};
     count(at, bytes, "the bitmap directory");
-    if (bitmaps > max_bitmaps || bytes > max_bitmaps * 2048 || at.value > source_.length() ||
-        bytes > round_up(source_.length(), cluster_) - at.value)
+    if (bitmaps > BitmapsExtension::max_bitmaps || bytes > BitmapsExtension::max_directory_bytes ||
+        at.value > source_.length() || bytes > round_up(source_.length(), cluster_) - at.value)
         return give_up("the bitmap directory is not valid");
-    std::vector<std::byte> fixed(bitmap_fixed_bytes);
+    std::vector<std::byte> fixed(BitmapEntry::fixed_bytes);
     std::uint64_t found = 0, read = 0;
     for (std::uint64_t from = 0; from < bytes; ++found) {
         require_going(stop_);
-        if (bytes - from < bitmap_fixed_bytes)
+        if (bytes - from < BitmapEntry::fixed_bytes)
             return give_up("the bitmap directory is not valid");
         source_.file().read(fixed, at + from); // names are not looked at
         const std::uint64_t name = load_be<std::uint16_t>(fixed, 18);
         const std::uint64_t extra = load_be<std::uint32_t>(fixed, 20);
-        const std::uint64_t length = round_up(bitmap_fixed_bytes + extra + name, 8);
-        if (length > bytes - from || name == 0 || name > max_bitmap_name)
+        const std::uint64_t length = round_up(BitmapEntry::fixed_bytes + extra + name, 8);
+        if (length > bytes - from || name == 0 || name > BitmapEntry::max_name_bytes)
             return give_up(fmt::format("entry {} of the bitmap directory is not valid", found));
         read += count_bitmap_table({load_be<std::uint64_t>(fixed, 0)}, load_be<std::uint32_t>(fixed, 8));
         if (read > source_.length() + cluster_)

@@ -8,7 +8,7 @@
 #include "lib/check/check.h"
 #include "lib/check/source.h"
 #include "lib/header_home.h"
-#include "lib/snapshot_table.h"
+#include "lib/snapshots.h"
 #include "tests/catch.h"
 #include "tests/fault/image_builder.h"
 #include "tests/fuzz/memory_file.h"
@@ -32,6 +32,33 @@ void require_refused(const std::shared_ptr<MemoryDisk> &disk, bool read_only, co
         INFO(error.what());
         CHECK(std::string(error.what()).find(why) != std::string::npos);
     }
+}
+
+struct Reads {
+    std::uint64_t longest = 0, bytes = 0;
+};
+
+class Watched final : public MemoryFile {
+  public:
+    Watched(std::shared_ptr<MemoryDisk> disk, Reads &reads) : MemoryFile(std::move(disk)), reads_(reads) {}
+    void read(std::span<std::byte> into, HostOffset at) override {
+        reads_.longest = std::max<std::uint64_t>(reads_.longest, into.size());
+        reads_.bytes += into.size();
+        MemoryFile::read(into, at);
+    }
+
+  private:
+    Reads &reads_;
+};
+
+/// Writes the header extension that says where the bitmaps are; the image has one.
+void claim_bitmaps(Bytes &image, std::uint32_t count, std::uint64_t directory_bytes, std::uint64_t directory) {
+    std::uint64_t at = 104;
+    while (load_be<std::uint32_t>(image, at) != Header::extension_bitmaps)
+        at += 8 + round_up(load_be<std::uint32_t>(image, at + 4), 8);
+    store_be<std::uint32_t>(image, at + 8, count);
+    store_be<std::uint64_t>(image, at + 16, directory_bytes);
+    store_be<std::uint64_t>(image, at + 24, directory);
 }
 
 } // namespace
@@ -71,15 +98,6 @@ TEST_CASE("L1 tables of snapshots that lie on top of each other are not all read
 }
 
 TEST_CASE("Of a snapshot table with a damaged entry no more is read than up to that entry") {
-    struct Watched : MemoryFile {
-        Watched(std::shared_ptr<MemoryDisk> disk, std::uint64_t &longest)
-            : MemoryFile(std::move(disk)), longest_(longest) {}
-        void read(std::span<std::byte> into, HostOffset at) override {
-            longest_ = std::max<std::uint64_t>(longest_, into.size());
-            MemoryFile::read(into, at);
-        }
-        std::uint64_t &longest_;
-    };
     ImagePlan plan;
     plan.virtual_size = 64 * 1024;
     Bytes bytes = build_image(plan).bytes;
@@ -98,9 +116,9 @@ TEST_CASE("Of a snapshot table with a damaged entry no more is read than up to t
     for (const std::uint32_t count : {1u, 1000u, 60000u, 0xffffffffu}) {
         store_be<std::uint32_t>(disk->bytes, 60, count);
         store_be<std::uint64_t>(disk->bytes, 64, at);
-        std::uint64_t longest = 0;
+        Reads reads;
         try {
-            Image::open(std::make_unique<Watched>(disk, longest), {});
+            Image::open(std::make_unique<Watched>(disk, reads), {});
             FAIL("it was opened");
         } catch (const Error &error) {
             const std::string text = error.what();
@@ -110,9 +128,53 @@ TEST_CASE("Of a snapshot table with a damaged entry no more is read than up to t
                                   : "entry 0 of its snapshot table has its L1 table at the impossible offset";
             CHECK(text.find(what) != text.npos);
         }
-        CHECK(longest >= encoded.size());
-        CHECK(longest <= 1 << 20);
+        CHECK(reads.longest >= encoded.size());
+        CHECK(reads.longest <= 1 << 20);
     }
+}
+
+TEST_CASE("A snapshot table that is long and right is read to its end") {
+    // Entries are longer than what is read at first for each of them, and the last one ends with the file.
+    ImagePlan plan;
+    plan.virtual_size = 64 * 1024;
+    Bytes bytes = build_image(plan).bytes;
+    SnapshotTable table;
+    for (std::uint32_t i = 0; i < 3000; ++i) {
+        SnapshotEntry e;
+        e.id = std::to_string(i);
+        e.name = std::string(900 + i % 200, static_cast<char>('a' + i % 26));
+        e.extra.resize(16);
+        table.entries.push_back(e);
+    }
+    const auto encoded = table.encode();
+    const std::uint64_t at = round_up(bytes.size(), cluster);
+    bytes.resize(at);
+    bytes.insert(bytes.end(), encoded.begin(), encoded.end());
+    store_be<std::uint32_t>(bytes, 60, static_cast<std::uint32_t>(table.entries.size()));
+    store_be<std::uint64_t>(bytes, 64, at);
+    MemoryFile file(std::make_shared<MemoryDisk>(bytes));
+    const auto loaded = Snapshots::load(file, read_header(file).first, bytes.size());
+    CHECK(loaded.bytes == encoded.size());
+    std::vector<SnapshotEntry> found;
+    for (const auto &snapshot : loaded.list)
+        found.push_back(snapshot->entry());
+    CHECK((found == table.entries));
+}
+
+TEST_CASE("A check reads no more of a bitmap directory than its entries, however long it claims to be") {
+    ImagePlan plan;
+    plan.virtual_size = 256 * 1024;
+    plan.bitmaps = true;
+    Bytes bytes = build_image(plan).bytes;
+    const std::uint64_t directory = round_up(bytes.size(), cluster);
+    claim_bitmaps(bytes, 1, BitmapsExtension::max_directory_bytes, directory);
+    const auto disk = std::make_shared<MemoryDisk>(bytes);
+    disk->length = directory + BitmapsExtension::max_directory_bytes; // a hole: entries without names
+    Reads reads;
+    Watched file(disk, reads);
+    CHECK(check_file(file).check_errors == 1);
+    CHECK(reads.longest <= 1 << 20);
+    CHECK(reads.bytes <= 4 << 20);
 }
 
 TEST_CASE("A check reads no bitmap table again and again for a directory that names it often") {
@@ -133,25 +195,11 @@ TEST_CASE("A check reads no bitmap table again and again for a directory that na
         store_be<std::uint16_t>(bytes, e + 18, 4);
         store_be<std::uint32_t>(bytes, e + 24, static_cast<std::uint32_t>(i + 0x41414141));
     }
-    std::uint64_t at = 104; // of the extension
-    while (load_be<std::uint32_t>(bytes, at) != Header::extension_bitmaps)
-        at += 8 + round_up(load_be<std::uint32_t>(bytes, at + 4), 8);
-    store_be<std::uint32_t>(bytes, at + 8, count);
-    store_be<std::uint64_t>(bytes, at + 16, count * entry);
-    store_be<std::uint64_t>(bytes, at + 24, directory);
-
-    class Counted final : public MemoryFile {
-      public:
-        using MemoryFile::MemoryFile;
-        void read(std::span<std::byte> into, HostOffset from) override {
-            bytes_read += into.size();
-            MemoryFile::read(into, from);
-        }
-        std::uint64_t bytes_read = 0;
-    };
-    Counted file(std::make_shared<MemoryDisk>(bytes));
+    claim_bitmaps(bytes, count, count * entry, directory);
+    Reads reads;
+    Watched file(std::make_shared<MemoryDisk>(bytes), reads);
     CHECK(check_file(file).check_errors == 1);
-    CHECK(file.bytes_read < 8 * bytes.size());
+    CHECK(reads.bytes < 8 * bytes.size());
 }
 
 TEST_CASE("An image with more enabled bitmaps than fit into memory is not opened for writing, and can be read") {
