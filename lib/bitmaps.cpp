@@ -86,12 +86,17 @@ Bitmaps::Bitmaps(BitmapDirectory directory, const Geometry &geometry, File &file
 // --- where things are ---------------------------------------------------------------------------------------------
 
 BitmapEntry Bitmaps::entry(std::size_t i) const {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     return entries_[i];
 }
 
+HostOffset Bitmaps::entry_home(std::size_t i) const {
+    const Lock guard(mutex_);
+    return directory_ + entries_[i].at;
+}
+
 HostRun Bitmaps::directory_run() const {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     return {geometry_.cluster_of(directory_), geometry_.clusters_for(directory_bytes_)};
 }
 
@@ -133,14 +138,14 @@ std::optional<std::string> Bitmaps::damage() const {
 
 void Bitmaps::switch_directory(HostOffset home) {
     header_.set_extension_word(Header::extension_bitmaps, BitmapsExtension::offset_at, home.value);
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     directory_ = home;
 }
 
 void Bitmaps::switch_table(std::size_t i, HostOffset home) {
     const std::uint64_t word = big_endian(home.value);
-    file_.write(std::as_bytes(std::span(&word, 1)), directory_ + entries_[i].at + BitmapEntry::table_at);
-    const std::lock_guard guard(mutex_);
+    file_.write(std::as_bytes(std::span(&word, 1)), entry_home(i) + BitmapEntry::table_at);
+    const Lock guard(mutex_);
     entries_[i].table = home;
 }
 
@@ -158,7 +163,7 @@ void Bitmaps::switch_stored(std::size_t i, const std::vector<std::pair<std::uint
 // --- before the first change --------------------------------------------------------------------------------------
 
 void Bitmaps::begin() {
-    const std::lock_guard guard(begin_mutex_);
+    const Lock guard(begin_mutex_);
     if (begun_ || paused_)
         return;
     write_back_.lead([this] { begin_as_leader(); });
@@ -168,32 +173,39 @@ void Bitmaps::begin() {
 void Bitmaps::begin_as_leader() {
     if (!tracked_.empty()) { // storing them failed half-way
         for (const Tracked &t : tracked_)
-            write_flags(t.entry, entries_[t.entry].flags);
+            write_flags(t.entry, entry(t.entry).flags);
         return write_back_.sync_as_leader();
     }
     std::vector<std::size_t> chosen;
     for (std::size_t i = 0; i < size(); ++i)
-        if (entries_[i].tracked())
+        if (entry(i).tracked())
             chosen.push_back(i);
     if (chosen.empty())
         return;
     if (const auto why = unsafe())
         return give_up(*why);
     std::vector<Tracked> tracked;
-    for (const std::size_t i : chosen)
-        tracked.push_back({i, entries_[i].granularity_bits, DirtyBits(entries_[i].bits(geometry_.virtual_size()))});
+    for (const std::size_t i : chosen) {
+        const BitmapEntry e = entry(i);
+        tracked.push_back({i, e.granularity_bits, DirtyBits(e.bits(geometry_.virtual_size()))});
+    }
     // Each flag is in one sector. Should power fail in between, some bitmaps are inconsistent and others are right.
     for (const std::size_t i : chosen)
-        write_flags(i, entries_[i].flags | BitmapEntry::flag_in_use);
+        write_flags(i, entry(i).flags | BitmapEntry::flag_in_use);
     write_back_.sync_as_leader();
     for (const std::size_t i : chosen)
-        entries_[i].flags |= BitmapEntry::flag_in_use;
+        note_flags(i, entry(i).flags | BitmapEntry::flag_in_use);
     tracked_ = std::move(tracked);
 }
 
 void Bitmaps::write_flags(std::size_t i, std::uint32_t flags) {
     const std::uint32_t word = big_endian(flags);
-    file_.write(std::as_bytes(std::span(&word, 1)), directory_ + entries_[i].at + BitmapEntry::flags_at);
+    file_.write(std::as_bytes(std::span(&word, 1)), entry_home(i) + BitmapEntry::flags_at);
+}
+
+void Bitmaps::note_flags(std::size_t i, std::uint32_t flags) {
+    const Lock guard(mutex_);
+    entries_[i].flags = flags;
 }
 
 /// Why nothing of the bitmaps may be written in place: a cluster of theirs may hold something else too.
@@ -270,10 +282,10 @@ void Bitmaps::store_as_leader() {
     // use.
     begun_.store(false, std::memory_order_release);
     for (const Tracked &t : tracked_)
-        write_flags(t.entry, entries_[t.entry].flags & ~BitmapEntry::flag_in_use);
+        write_flags(t.entry, entry(t.entry).flags & ~BitmapEntry::flag_in_use);
     write_back_.sync_as_leader();
     for (const Tracked &t : tracked_)
-        entries_[t.entry].flags &= ~BitmapEntry::flag_in_use;
+        note_flags(t.entry, entry(t.entry).flags & ~BitmapEntry::flag_in_use);
     tracked_.clear();
 }
 
@@ -281,7 +293,7 @@ void Bitmaps::store_as_leader() {
 void Bitmaps::store_bits(const Tracked &tracked, std::vector<Allocator::Reservation> &reserved,
                          std::vector<std::pair<std::uint64_t, HostCluster>> &words) {
     const std::uint64_t cluster = geometry_.cluster_size();
-    const auto table = read_table(entries_[tracked.entry]);
+    const auto table = read_table(entry(tracked.entry));
     std::vector<std::byte> bytes(cluster);
     std::vector<std::uint64_t> missing;
     tracked.bits.each_touched(cluster, [&](std::uint64_t i) {

@@ -18,12 +18,12 @@
 #include "dirty_bits.h"
 #include "header_home.h"
 #include "refcounts.h"
+#include "thread_safety.h"
 #include "write_back.h"
 
 #include <atomic>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <optional>
 
 namespace qlean {
@@ -75,10 +75,13 @@ class Bitmaps {
 
     /// As it is in the file.
     BitmapDirectory directory() const {
-        const std::lock_guard guard(mutex_);
+        const Lock guard(mutex_);
         return {directory_, directory_bytes_, entries_};
     }
-    std::size_t size() const { return entries_.size(); }
+    std::size_t size() const {
+        const Lock guard(mutex_);
+        return entries_.size();
+    }
     /// A copy: the leader may be moving it.
     BitmapEntry entry(std::size_t i) const;
     HostRun table_run(const BitmapEntry &entry) const {
@@ -102,7 +105,10 @@ class Bitmaps {
 
     void begin();
     void begin_as_leader();
+    /// Where the entry is in the file.
+    HostOffset entry_home(std::size_t i) const;
     void write_flags(std::size_t i, std::uint32_t flags);
+    void note_flags(std::size_t i, std::uint32_t flags);
     std::optional<std::string> unsafe() const;
     void give_up(const std::string &why);
     void store_as_leader();
@@ -120,16 +126,16 @@ class Bitmaps {
     Metadata metadata_;
     std::function<void(const std::exception &)> report_;
 
-    std::mutex begin_mutex_; // nothing else held; leads within
+    Mutex begin_mutex_; // nothing else held; leads within
     std::atomic<bool> begun_{false};
     bool paused_ = false;
     std::vector<Tracked> tracked_; // made by begin(), and let go by store(), beside which nothing is marked
     std::atomic<bool> given_up_{false};
 
-    mutable std::mutex mutex_; // protects the homes that follow; only the leader changes them
-    HostOffset directory_;
-    std::uint64_t directory_bytes_ = 0;
-    std::vector<BitmapEntry> entries_;
+    mutable Mutex mutex_; // only the leader changes what it protects
+    HostOffset directory_ PROTECTED_BY(mutex_);
+    std::uint64_t directory_bytes_ PROTECTED_BY(mutex_) = 0;
+    std::vector<BitmapEntry> entries_ PROTECTED_BY(mutex_); // as many as there were at first
 };
 
 } // namespace qlean

@@ -29,7 +29,7 @@ std::vector<std::size_t> Bitmaps::grow_tables(const std::function<Allocator::Res
     std::vector<std::size_t> grown;
     std::vector<Allocator::Reservation> homes;
     for (std::size_t i = 0; i < size() && count(); ++i) {
-        const BitmapEntry &e = entries_[i];
+        const BitmapEntry e = entry(i);
         const std::uint64_t wanted = e.words_wanted(geometry_);
         if (e.in_use() || wanted <= e.table_size)
             continue;
@@ -45,13 +45,13 @@ std::vector<std::size_t> Bitmaps::grow_tables(const std::function<Allocator::Res
         return grown;
     write_back_.write_refcounts_as_leader();
     for (const std::size_t i : grown)
-        write_flags(i, entries_[i].flags | BitmapEntry::flag_in_use);
+        write_flags(i, entry(i).flags | BitmapEntry::flag_in_use);
     write_back_.sync_as_leader();
     for (const std::size_t i : grown)
-        entries_[i].flags |= BitmapEntry::flag_in_use;
+        note_flags(i, entry(i).flags | BitmapEntry::flag_in_use);
     std::vector<HostRun> old;
     for (std::size_t n = 0; n < grown.size(); ++n)
-        old.push_back(table_run(entries_[grown[n]]));
+        old.push_back(table_run(entry(grown[n])));
     // Where the table is before how long it is: a longer one at the old place would reach into what follows it.
     write_back_.switch_as_leader([&] {
         for (std::size_t n = 0; n < grown.size(); ++n) {
@@ -62,10 +62,10 @@ std::vector<std::size_t> Bitmaps::grow_tables(const std::function<Allocator::Res
     });
     write_back_.switch_as_leader([&] {
         for (const std::size_t i : grown) {
-            const auto wanted = static_cast<std::uint32_t>(entries_[i].words_wanted(geometry_));
+            const auto wanted = static_cast<std::uint32_t>(entry(i).words_wanted(geometry_));
             const std::uint32_t word = big_endian(wanted);
-            file_.write(std::as_bytes(std::span(&word, 1)), directory_ + entries_[i].at + BitmapEntry::table_size_at);
-            const std::lock_guard guard(mutex_);
+            file_.write(std::as_bytes(std::span(&word, 1)), entry_home(i) + BitmapEntry::table_size_at);
+            const Lock guard(mutex_);
             entries_[i].table_size = wanted;
         }
     });
@@ -75,11 +75,11 @@ std::vector<std::size_t> Bitmaps::grow_tables(const std::function<Allocator::Res
 
 void Bitmaps::tables_grown(const std::vector<std::size_t> &grown) {
     for (const std::size_t i : grown)
-        write_flags(i, entries_[i].flags & ~BitmapEntry::flag_in_use);
+        write_flags(i, entry(i).flags & ~BitmapEntry::flag_in_use);
     if (!grown.empty())
         write_back_.sync_as_leader();
     for (const std::size_t i : grown)
-        entries_[i].flags &= ~BitmapEntry::flag_in_use;
+        note_flags(i, entry(i).flags & ~BitmapEntry::flag_in_use);
 }
 
 } // namespace qlean

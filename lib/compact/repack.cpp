@@ -86,13 +86,13 @@ void Repacker::begin_stretch(Allocator::Reservation clusters) {
     stretches_.push_back({std::move(clusters), g.offset_of(first), g.offset_of(end), 0});
 }
 
-/// With the mutex held. A stretch goes on where what follows it has come free: less is lost than with a new one. False:
+/// A stretch goes on where what follows it has come free: less is lost than with a new one. False:
 /// none can go on so far that `bytes` fit.
 bool Repacker::extend_stretch(std::uint64_t bytes, std::uint64_t referrers, const Site &site) {
     const Geometry &g = state_.geometry;
     for (Stretch &s : stretches_) {
         const HostCluster first = g.cluster_of(s.end);
-        const HostCluster end = first + (g.cluster_of(next(s, referrers) + bytes - 1) + 1 - first);
+        const HostCluster end = g.cluster_of(next(s, referrers) + bytes - 1) + 1;
         if (end > site.end)
             continue;
         auto more = state_.allocator.reserve_contiguous_below(end - first, end, first, Allocator::Embargo::respected);
@@ -106,29 +106,31 @@ bool Repacker::extend_stretch(std::uint64_t bytes, std::uint64_t referrers, cons
     return false;
 }
 
-/// With the mutex held. False: there is no room for `bytes`.
+/// At least, and if there are so many in a row, at most so many clusters.
+bool Repacker::open_below(HostCluster limit, std::uint64_t least, std::uint64_t most) {
+    for (std::uint64_t n = most;; n = std::max(n / 2, least)) {
+        if (auto room = state_.allocator.reserve_contiguous_below(n, limit, {0}, Allocator::Embargo::respected);
+            !room.empty()) {
+            begin_stretch(std::move(room));
+            return true;
+        }
+        if (n == least)
+            return false;
+    }
+}
+
+/// False: there is no room for `bytes`.
 bool Repacker::open_stretch(std::uint64_t bytes, const Site &site) {
     const Geometry &g = state_.geometry;
     const std::uint64_t least = g.clusters_for(bytes);
     const std::uint64_t most =
         std::max(least, std::clamp<std::uint64_t>(stretch_bytes >> g.cluster_bits(), 1, max_stretch_clusters));
-    const auto below = [&](HostCluster limit) {
-        for (std::uint64_t n = most;; n = std::max(n / 2, least)) {
-            if (auto room = state_.allocator.reserve_contiguous_below(n, limit, {0}, Allocator::Embargo::respected);
-                !room.empty()) {
-                begin_stretch(std::move(room));
-                return true;
-            }
-            if (n == least)
-                return false;
-        }
-    };
-    if (below(site.end))
+    if (open_below(site.end, least, most))
         return true;
     // What was emptied so far makes room once that is durable.
     if (state_.allocator.retired_bytes() != 0) {
         image_.give_back();
-        if (below(site.end))
+        if (open_below(site.end, least, most))
             return true;
     }
     // Nothing is free there yet, as in an image of nothing but packs with holes: some room to begin with.
@@ -136,7 +138,7 @@ bool Repacker::open_stretch(std::uint64_t bytes, const Site &site) {
         std::max({std::min(max_grown_bytes >> g.cluster_bits(), state_.allocator.end() / grown_share),
                   min_grown_bytes >> g.cluster_bits(), min_grown_clusters});
     if (grown_ >= may_grow || state_.allocator.free_below(site.limit) != 0)
-        return below(site.limit);
+        return open_below(site.limit, least, most);
     const std::uint64_t wanted = std::min(most, std::max(may_grow - grown_, least));
     auto room = state_.allocator.reserve(wanted, Allocator::Growth::now);
     if (room.empty()) { // refcounts for more have to be linked first
@@ -156,7 +158,7 @@ bool Repacker::open_stretch(std::uint64_t bytes, const Site &site) {
 }
 
 std::optional<Repacker::Place> Repacker::place(std::uint64_t bytes, std::uint64_t referrers, const Site &site) {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     const auto room = [&](const Stretch &s) {
         const HostOffset at = next(s, referrers);
         return at < s.end ? s.end - at : 0;
@@ -178,12 +180,12 @@ std::optional<Repacker::Place> Repacker::place(std::uint64_t bytes, std::uint64_
 }
 
 bool Repacker::filled(HostCluster c) const {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     return c.value < filled_.size() && filled_[c.value];
 }
 
 bool Repacker::close() {
-    const std::lock_guard guard(mutex_);
+    const Lock guard(mutex_);
     grown_ = 0;
     return !std::exchange(stretches_, {}).empty();
 }

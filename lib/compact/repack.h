@@ -14,8 +14,6 @@
 
 #include "../image.h"
 
-#include <mutex>
-
 namespace qlean {
 
 class Repacker {
@@ -55,18 +53,19 @@ class Repacker {
     /// For an extent that has this many `referrers`.
     std::optional<Place> place(std::uint64_t bytes, std::uint64_t referrers, const Site &site);
     HostOffset next(const Stretch &stretch, std::uint64_t referrers) const;
-    bool extend_stretch(std::uint64_t bytes, std::uint64_t referrers, const Site &site);
-    bool open_stretch(std::uint64_t bytes, const Site &site);
-    void begin_stretch(Allocator::Reservation clusters);
-    void will_fill(HostCluster first, HostCluster end);
+    bool extend_stretch(std::uint64_t bytes, std::uint64_t referrers, const Site &site) WITH_LOCK(mutex_);
+    bool open_stretch(std::uint64_t bytes, const Site &site) WITH_LOCK(mutex_);
+    bool open_below(HostCluster limit, std::uint64_t least, std::uint64_t most) WITH_LOCK(mutex_);
+    void begin_stretch(Allocator::Reservation clusters) WITH_LOCK(mutex_);
+    void will_fill(HostCluster first, HostCluster end) WITH_LOCK(mutex_);
     Place take(Stretch &stretch, std::uint64_t bytes, std::uint64_t referrers);
 
     Image &image_;
     State &state_;
-    mutable std::mutex mutex_; // protects what follows; held while committing to make room
-    std::vector<Stretch> stretches_;
-    std::vector<bool> filled_;
-    std::uint64_t grown_ = 0; ///< clusters taken beyond the site, to make a beginning
+    mutable Mutex mutex_; // held while committing to make room
+    std::vector<Stretch> stretches_ PROTECTED_BY(mutex_);
+    std::vector<bool> filled_ PROTECTED_BY(mutex_);
+    std::uint64_t grown_ PROTECTED_BY(mutex_) = 0; ///< clusters taken beyond the site, to make a beginning
 };
 
 } // namespace qlean
