@@ -1,8 +1,0 @@
-// SPDX-License-Identifier: BSD-3-Clause
-// Copyright (c) 2026, the qlean authors
-//
-// The main program of the Catch2 tests here and in tests/unit.
-#define CATCH_CONFIG_RUNNER
-#include "tests/catch.h"
-
-int main(int argc, char **argv) { return Catch::Session().run(argc, argv); }
