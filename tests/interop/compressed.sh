@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) 2026, the qlean authors
 #
-# Usage: compressed.sh zlib|zstd|damaged|narrow|scattered. Images that `qemu-img convert -c` made, of several cluster sizes and
-# every refcount width: read, written by a guest, trimmed, compacted beside it (extents are packed anew, about as closely as
-# they can be), overwritten, judged. And one with an extent that does not decompress; and one with a snapshot, where the
-# width of the refcounts decides how many extents go into a cluster.
+# Usage: compressed.sh zlib|zstd|damaged|narrow|scattered. Images that `qemu-img convert -c` made, of several cluster
+# sizes and every refcount width: read, written by a guest, trimmed, compacted beside it (extents are packed anew, about
+# as closely as they can be), overwritten, judged. And one with an extent that does not decompress; one with a snapshot,
+# where the width of the refcounts decides how many extents go into a cluster; and one written in random order.
 . "$(dirname "$0")/../lib.sh"
 
 # content FILE MiB: some of it random, some text, some zeroes
@@ -233,8 +233,8 @@ END
     judge "$image" "$W/model"
 }
 
-# Extents that lie in the file in another order than the guest's, half of them trimmed: as short and as full by one
-# `qlean compact` as piece by piece, which is what a limit makes of it.
+# Extents that lie in the file in another order than the guest's, half of them trimmed: packs come free late, and by one
+# `qlean compact` the file is as short as by one that a limit makes slow, and as the next one leaves it.
 scattered() {
     local image=$W/a.qcow2 clusters=1500 limit short lengths=()
     "$PYTHON" - "$W/model" "$image" $clusters <<'END'
