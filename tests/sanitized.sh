@@ -5,7 +5,7 @@
 # sanitized.sh address|thread some|all: the engine with a sanitizer, in a build of its own; any report ends a test with an
 # error. address is AddressSanitizer, LeakSanitizer and UndefinedBehaviorSanitizer. "some", what fits into every run:
 # random workloads of several threads beside compaction, and killed ones; with address in the build of the fuzzers. "all":
-# every program that runs the engine by itself, then some tests with real servers, for which nbdkit is started with the
+# every program that runs the engine by itself, then what starts real servers, for which nbdkit is started with the
 # sanitizer's runtime.
 #
 # "some" has UBSan without null, alignment, object-size and vptr (fuzz/build.sh): half of the time to compile. "all" has
@@ -48,7 +48,7 @@ for shape in "512 16M" "4096 32M" "16384 32M extended_l2=on" "4096 32M cluster_s
     done
 done
 if [ "$amount" = all ]; then
-    suites --suite unit --suite fault --suite regress --suite stress --timeout-multiplier 10
+    suites --suite unit --suite fault --suite regress --timeout-multiplier 10
     # nbdkit is not built with the sanitizer, so its runtime has to be there before the plugin. What nbdkit starts gets it
     # too, and QEMU's coroutines do not bear it: so these are tests without `nbdkit --run`.
     mkdir -p "$to/bin"
@@ -56,8 +56,10 @@ if [ "$amount" = all ]; then
     printf '#!/bin/sh\nLD_PRELOAD=%s exec %s "$@"\n' "$runtime" "$nbdkit" >"$to/bin/nbdkit"
     chmod +x "$to/bin/nbdkit"
     export ASAN_OPTIONS=$ASAN_OPTIONS:detect_leaks=0 # nbdkit's own, and Python's
-    QLEAN_TEST_PATH=$to/bin PATH=$to/bin:$PATH suites --timeout-multiplier 10 'interop sigterm' 'interop trim' \
-        'interop subcluster-discard plain' 'interop serve-modes plain' 'interop serve-modes connections' 'interop resize' \
-        'interop snapshots 65536' 'interop extended-l2 sizes' 'interop cluster-sizes 3' 'interop data-file off'
+    export QLEAN_TEST_PATH=$to/bin PATH=$to/bin:$PATH
+    suites --suite stress --timeout-multiplier 10
+    suites --timeout-multiplier 10 'interop sigterm' 'interop trim' 'interop subcluster-discard plain' 'interop resize' \
+        'interop serve-modes plain' 'interop serve-modes connections' 'interop snapshots 65536' 'interop extended-l2 sizes' \
+        'interop cluster-sizes 3' 'interop data-file off'
 fi
 echo "$sanitizer: no report, $SECONDS s"
