@@ -375,7 +375,7 @@ std::optional<std::string> judge_snapshots(std::span<const std::byte> image, std
     if (now.size() + 1 < then.size())
         return "more than one snapshot is gone";
     for (const auto &[name, disk] : now)
-        if (const auto found = then.find(name); found == then.end() || found->second != disk)
+        if (const auto found = then.find(name); found == then.end() || !same_bytes(found->second, disk))
             return fmt::format("snapshot {} is not what it was", name);
     return std::nullopt;
 }

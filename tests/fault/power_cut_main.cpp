@@ -165,9 +165,8 @@ class Campaign {
             const Bytes disk = guest_bytes(image);
             Bytes known = disk; // the guest knows the disk as it was; what a resize added reads as zeroes
             known.resize(std::min(known.size(), run.guest->now().size()));
-            if (std::any_of(disk.begin() + static_cast<std::ptrdiff_t>(known.size()), disk.end(),
-                            [](std::byte b) { return b != std::byte{0}; }) &&
-                wrong.empty())
+            const auto added = std::span(disk).subspan(known.size());
+            if (const Bytes zeroes(added.size()); !same_bytes(added, zeroes) && wrong.empty())
                 wrong = "what a resize added is not zero";
             if (const auto lost = run.guest->verdict(known, moment); lost && wrong.empty())
                 wrong = *lost;
@@ -177,7 +176,7 @@ class Campaign {
                 wrong = *bitmaps;
             if (wrong.empty()) {
                 auto opened = open_image(std::make_shared<FaultyDisk>(image), true);
-                if (read_all(*opened) != disk)
+                if (!same_bytes(read_all(*opened), disk))
                     wrong = "the engine reads another disk than the judge";
             }
             if (wrong.empty() && salt % qemu_every == 0) {

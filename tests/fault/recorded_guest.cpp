@@ -133,9 +133,8 @@ std::optional<std::string> RecordedGuest::verdict(const Bytes &disk, std::size_t
     std::vector<const Change *> here;
     for (std::size_t begin = 0; begin < disk.size(); begin += chunk) {
         const std::size_t end = std::min(begin + chunk, disk.size());
-        const auto from = disk.begin() + static_cast<std::ptrdiff_t>(begin);
-        if (std::equal(from, disk.begin() + static_cast<std::ptrdiff_t>(end),
-                       promise->disk.begin() + static_cast<std::ptrdiff_t>(begin)))
+        if (same_bytes(std::span(disk).subspan(begin, end - begin),
+                       std::span(promise->disk).subspan(begin, end - begin)))
             continue;
         here.clear();
         for (std::size_t i = promise->changes; i < changes_.size() && changes_[i].began < moment; ++i)
