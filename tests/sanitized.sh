@@ -49,11 +49,12 @@ for shape in "512 16M" "4096 32M" "16384 32M extended_l2=on" "4096 32M cluster_s
 done
 if [ "$amount" = all ]; then
     suites --suite unit --suite fault --suite regress --timeout-multiplier 10
-    # nbdkit is not built with the sanitizer, so its runtime has to be there before the plugin. What nbdkit starts gets it
-    # too, and QEMU's coroutines do not bear it: so these are tests without `nbdkit --run`.
+    # nbdkit is not built with the sanitizer, so its runtime has to be there before the plugin; and libstdc++ with it, for
+    # the runtime looks for what throws exceptions when it is loaded, and nbdkit has no C++. What nbdkit starts gets both,
+    # and QEMU's coroutines do not bear it: so these are tests without `nbdkit --run`.
     mkdir -p "$to/bin"
-    nbdkit=$(command -v nbdkit) runtime=$(gcc -print-file-name=$runtime)
-    printf '#!/bin/sh\nLD_PRELOAD=%s exec %s "$@"\n' "$runtime" "$nbdkit" >"$to/bin/nbdkit"
+    nbdkit=$(command -v nbdkit) runtime="$(gcc -print-file-name=$runtime) $(gcc -print-file-name=libstdc++.so)"
+    printf '#!/bin/sh\nLD_PRELOAD="%s" exec %s "$@"\n' "$runtime" "$nbdkit" >"$to/bin/nbdkit"
     chmod +x "$to/bin/nbdkit"
     export ASAN_OPTIONS=$ASAN_OPTIONS:detect_leaks=0 # nbdkit's own, and Python's
     export QLEAN_TEST_PATH=$to/bin PATH=$to/bin:$PATH
