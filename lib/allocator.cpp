@@ -131,7 +131,7 @@ void Allocator::untake(std::vector<Extent> &extents) {
 }
 
 void Allocator::add_free(std::uint64_t c, bool zero) {
-    if (guard_.has({c}))
+    if (c >= end_ || guard_.has({c}))
         return; // its refcount lied: it stays out of use
     free_.set(c);
     if (zero)
@@ -363,7 +363,7 @@ void Allocator::load_region(std::uint64_t region) {
     std::vector<std::uint64_t> free;
     refcounts_.read_block(region, [&](std::uint64_t i, std::uint64_t count) {
         const std::uint64_t c = first + i;
-        if (count == 0 && !(c < known_metadata_.size() && known_metadata_[c]))
+        if (count == 0 && c < end() && !(c < known_metadata_.size() && known_metadata_[c]))
             free.push_back(c);
     });
     const Lock guard(mutex_);

@@ -10,8 +10,9 @@ std::uint64_t host_clusters(const Geometry &g) { return std::uint64_t{1} << (hos
 
 } // namespace
 
-Claims::Claims(const Geometry &geometry, const EntryFormat &format, std::uint64_t slices, MetadataGuard &guard)
-    : geometry_(geometry), format_(format), guard_(guard), known_(slices), data_(host_clusters(geometry)),
+Claims::Claims(const Geometry &geometry, const EntryFormat &format, std::uint64_t slices, std::uint64_t end,
+               MetadataGuard &guard)
+    : geometry_(geometry), format_(format), end_(end), guard_(guard), known_(slices), data_(host_clusters(geometry)),
       extents_(host_clusters(geometry)), structures_(host_clusters(geometry)), twice_(host_clusters(geometry)) {}
 
 void Claims::found_twice(HostCluster c) {
@@ -38,13 +39,15 @@ void Claims::read(std::uint64_t slice, std::span<const std::uint64_t> words) {
     for (std::size_t i = 0; i < words.size(); i += step) {
         const Mapping m = entry::decode({words[i], step == 2 ? words[i + 1] : 0}, format_);
         if (m.has_host()) {
+            if (m.host.value >= end_)
+                continue;
             const bool before = data_.set(m.host.value);
             if (before || extents_.has(m.host.value) || structures_.has(m.host.value))
                 found_twice(m.host);
         } else if (m.kind == Mapping::Kind::compressed) {
             const auto extent = entry::compressed_extent(m.bits, geometry_.cluster_bits());
             const HostCluster last = geometry_.cluster_of(extent.at + (extent.bytes - 1));
-            for (HostCluster c = geometry_.cluster_of(extent.at); c <= last; ++c) {
+            for (HostCluster c = geometry_.cluster_of(extent.at); c <= last && c.value < end_; ++c) {
                 extents_.set(c.value);
                 if (data_.has(c.value))
                     found_twice(c);

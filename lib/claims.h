@@ -18,8 +18,9 @@ namespace qlean {
 
 class Claims {
   public:
-    /// `slices`: how many there can be. `guard` is told what is claimed twice.
-    Claims(const Geometry &geometry, const EntryFormat &format, std::uint64_t slices, MetadataGuard &guard);
+    /// `slices`: how many there can be. `end`: clusters of the file. `guard` is told what is claimed twice.
+    Claims(const Geometry &geometry, const EntryFormat &format, std::uint64_t slices, std::uint64_t end,
+           MetadataGuard &guard);
 
     /// What the image uses besides its active tables and the guest's data. Any thread.
     void taken(const std::vector<HostRun> &runs);
@@ -33,6 +34,7 @@ class Claims {
 
     Geometry geometry_;
     EntryFormat format_;
+    const std::uint64_t end_; ///< what lies beyond was damaged when the image was opened: there is no bound to it
     MetadataGuard &guard_;
     SparseBits known_;                               // slices
     SparseBits data_, extents_, structures_, twice_; // host clusters

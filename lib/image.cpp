@@ -147,7 +147,8 @@ void Image::keep_house() {
     Lock guard(house_mutex_);
     while (!house_stops_) {
         const auto deadline = std::chrono::steady_clock::now() + commit_interval;
-        while (!house_stops_ && state_.allocator.retired_bytes() <= max_unreturned_bytes)
+        while (!house_stops_ &&
+               (state_.write_back.poisoned() || state_.allocator.retired_bytes() <= max_unreturned_bytes))
             if (guard.wait_until(house_wakes_, deadline) == std::cv_status::timeout)
                 break;
         if (house_stops_)
@@ -216,14 +217,18 @@ void Image::close() {
     if (state_.read_only || state_.write_back.poisoned())
         return;
     const bool idle = !state_.write_back.changed();
-    if (idle)
-        state_.write_back.commit(WriteBack::Give::later);
-    else
-        commit_and_punch();
+    state_.write_back.commit(idle ? WriteBack::Give::later : WriteBack::Give::back);
     if ((!store_bitmaps() && idle) || state_.write_back.poisoned())
         return;
     // Only what was grown since: below that, a refcount of zero is believed only after a complete walk.
     while (state_.allocator.truncate_step(punch_step_bytes, HostCluster{state_.opened_end})) {
+    }
+    try {
+        while (state_.allocator.punch_step(punch_step_bytes)) {
+        }
+    } catch (const Error &error) {
+        if (report_)
+            report_(error); // less is given back, and nothing else depends on it
     }
     state_.write_back.lead([&] { state_.write_back.sync_as_leader(); });
 }

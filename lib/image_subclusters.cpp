@@ -172,9 +172,7 @@ void Image::trim_subclusters(GuestOffset at, std::uint64_t length) {
     const std::uint64_t within = g.within(at), covering = covering_length(at, length);
     const auto change = [&](Allocator::Growth growth) {
         const RangeLock::Exclusive guard(state_.ranges, at, length);
-        Mapping m;
-        state_.mapper.survey(c, std::span(&m, 1));
-        m = state_.mapper.to_change(m);
+        const Mapping m = state_.mapper.to_change(state_.mapper.look(c));
         if (!m.has_host() || state_.mapper.claims_metadata(m))
             return Outcome::done;
         const Set gone = grid.covered(within, covering) & bitmap_of(m).data();

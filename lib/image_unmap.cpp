@@ -232,9 +232,7 @@ void Image::trim_edge(GuestOffset at, std::uint64_t length) {
     if (first >= last)
         return;
     const RangeLock::Exclusive guard(state_.ranges, at, length);
-    Mapping m;
-    state_.mapper.survey(g.cluster_of(at), std::span(&m, 1));
-    m = state_.mapper.to_change(m);
+    const Mapping m = state_.mapper.to_change(state_.mapper.look(g.cluster_of(at)));
     if ((!m.writable_in_place() && !(state_.raw_data && m.has_host())) || state_.mapper.claims_metadata(m))
         return;
     const HostOffset host = g.offset_of(m.host) + g.within(first);

@@ -33,13 +33,14 @@ void Image::write(std::span<const std::byte> from, GuestOffset at) {
 void Image::with_room(const std::function<Outcome(Allocator::Growth)> &change) {
     auto growth = Allocator::Growth::after_commit;
     std::uint64_t covered = state_.allocator.covered_end();
+    bool gave_back = false;
     for (int commits = 0;;) {
         bool full = false;
         try {
             if (change(growth) == Outcome::done)
                 return;
         } catch (const Error &error) {
-            if (error.kind() != Error::Kind::no_space || commits > 0)
+            if (error.kind() != Error::Kind::no_space || gave_back)
                 throw;
             full = true;
         }
@@ -51,10 +52,12 @@ void Image::with_room(const std::function<Outcome(Allocator::Growth)> &change) {
         if (++commits > WriteBack::max_commits_for_space)
             throw Error(Error::Kind::no_space, ENOSPC, fmt::format("'{}' cannot grow any further", state_.file.name()));
         growth = Allocator::Growth::now;
-        if (full)
+        if (full) {
             give_back();
-        else
+            gave_back = true;
+        } else {
             state_.write_back.commit(WriteBack::Give::back);
+        }
     }
 }
 

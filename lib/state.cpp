@@ -22,7 +22,7 @@ State::State(Opened o)
       raw_data(o.header.has_data_file() && (o.header.autoclear & Header::autoclear_data_file_raw)),
       geometry(disk_geometry(o)), read_only(o.read_only), syncs(file, data),
       header(file, o.header, std::move(o.header_sector)), guard(geometry.cluster_bits()),
-      claims(geometry, o.header.entry_format(), L2Cache::slice_count(geometry), guard),
+      claims(geometry, o.header.entry_format(), L2Cache::slice_count(geometry), o.end, guard),
       l1(std::move(o.l1_words), o.header.l1_offset), snapshots(geometry, file, syncs, l1, std::move(o.snapshots)),
       l2(geometry, file, syncs, l1, o.cache_bytes, read_only ? nullptr : &claims),
       refcounts(geometry, file, std::move(o.refcount_table), o.header.refcount_table_offset),

@@ -27,7 +27,8 @@ Compact::Work Compact::find_work(GuestCluster first, GuestCluster last, const Wa
     const Geometry &g = state_.geometry;
     Work work;
     std::vector<Mapping> mappings;
-    for (GuestCluster c = first; c <= last && work.clusters.size() < most_found && work.tables.size() < most_tables;) {
+    for (GuestCluster c = first;
+         c <= last && work.clusters.size() + work.extents.size() < most_found && work.tables.size() < most_tables;) {
         const GuestCluster stop = std::min({last + 1, state_.mapper.table_end(c), c + batch});
         if (state_.mapper.has_table(c)) {
             mappings.resize(stop - c);

@@ -6,14 +6,19 @@
 #include "relocator.h"
 #include "whole_moves.h"
 
+#include <algorithm>
 #include <set>
 #include <shared_mutex>
+#include <tuple>
+#include <unordered_set>
 
 namespace qlean {
 
 namespace {
 
 constexpr std::uint64_t batch = 8192;
+constexpr std::uint64_t most_entries = 1024 * 1024; ///< of all tables of an L1 index, at a time
+constexpr std::uint64_t min_batch = 64;
 
 std::uint64_t longest_l1(const std::vector<SnapshotPointer> &snapshots) {
     std::uint64_t longest = 0;
@@ -26,12 +31,13 @@ std::uint64_t longest_l1(const std::vector<SnapshotPointer> &snapshots) {
 std::vector<std::pair<HostOffset, SnapshotPointer>> own_tables(State &state, std::uint64_t i,
                                                                const std::vector<SnapshotPointer> &snapshots) {
     std::vector<std::pair<HostOffset, SnapshotPointer>> found;
+    std::unordered_set<std::uint64_t> known;
     const HostOffset active = i < state.l1.size() ? state.l1.table(i) : HostOffset{0};
     for (const auto &snapshot : snapshots) {
         const HostOffset table = snapshot->table(i);
         if (table.value == 0 || table == active)
             continue;
-        if (std::none_of(found.begin(), found.end(), [&](const auto &f) { return f.first == table; }))
+        if (known.insert(table.value).second)
             found.emplace_back(table, snapshot);
     }
     return found;
@@ -58,35 +64,40 @@ void for_each_adjacent(const State &state, F &&f) {
 
 void each_snapshot_mapping(State &state, const StopCheck &stop,
                            const std::function<void(GuestCluster, const Mapping &)> &each) {
+    struct Met {
+        std::size_t n;
+        Mapping mapping;
+        /// By entry, and then by place.
+        auto key() const { return std::tuple(n, mapping.has_host(), mapping.host.value, mapping.bits); }
+    };
     const Geometry &g = state.geometry;
     const auto snapshots = state.snapshots.list();
     const std::uint64_t longest = longest_l1(snapshots);
     std::vector<Mapping> mappings, active;
-    std::vector<std::vector<Mapping>> met(batch); // by entry: what the tables before have
+    std::vector<Met> met;
     for (std::uint64_t i = 0; i < longest; ++i) {
         const auto tables = own_tables(state, i, snapshots);
         if (tables.empty())
             continue;
-        require_going(stop);
         const bool has_active = i < state.l1.size() && state.l1.table(i).value != 0;
+        const std::uint64_t at_a_time = std::clamp(most_entries / tables.size(), min_batch, batch);
         for (std::uint64_t at = i * g.l2_entries(); at < (i + 1) * g.l2_entries(); at += mappings.size()) {
-            mappings.resize(std::min(batch, (i + 1) * g.l2_entries() - at));
+            mappings.resize(std::min(at_a_time, (i + 1) * g.l2_entries() - at));
             active.assign(mappings.size(), Mapping{});
             if (has_active)
                 state.mapper.survey({at}, active);
-            for (auto &clusters : met)
-                clusters.clear();
+            met.clear();
             for (const auto &[table, snapshot] : tables) {
+                require_going(stop);
                 state.mapper.survey(*snapshot, {at}, mappings);
-                for (std::size_t n = 0; n < mappings.size(); ++n) {
-                    const Mapping &m = mappings[n];
-                    const auto same = [&](const Mapping &other) { return at_one_place(m, other); };
-                    if (!at_one_place(m, m) || same(active[n]) || std::any_of(met[n].begin(), met[n].end(), same))
-                        continue;
-                    met[n].push_back(m);
-                    each({at + n}, m);
-                }
+                for (std::size_t n = 0; n < mappings.size(); ++n)
+                    if (at_one_place(mappings[n], mappings[n]) && !at_one_place(mappings[n], active[n]))
+                        met.push_back({n, mappings[n]});
             }
+            std::ranges::sort(met, {}, &Met::key);
+            for (std::size_t k = 0; k < met.size(); ++k)
+                if (k == 0 || met[k].n != met[k - 1].n || !at_one_place(met[k].mapping, met[k - 1].mapping))
+                    each({at + met[k].n}, met[k].mapping);
         }
     }
 }

@@ -246,8 +246,13 @@ Survey verify_image(State &state, const Allocator::Watch &watch, const StopCheck
             if (const std::uint64_t referrers = references.of(c))
                 note(too_few, c, 0, referrers);
     };
+    // Counts of what lies beyond the end of the file mean nothing: the allocator knows no such clusters.
+    const std::uint64_t end = state.allocator.end();
     for (const auto &[region, block] : state.refcounts.blocks()) {
         const std::uint64_t first = region * region_clusters;
+        if (first >= end)
+            break;
+        require_going(stop);
         uncounted(counted_end, first);
         state.refcounts.read_block(region, [&](std::uint64_t i, std::uint64_t count) {
             const std::uint64_t referrers = references.of(first + i);

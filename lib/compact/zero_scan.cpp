@@ -215,7 +215,7 @@ bool ZeroScan::look_at_subclusters(GuestCluster c, HostCluster host) {
     const RangeLock::Exclusive guard(state_.ranges, g.offset_of(c), 1, std::try_to_lock);
     if (!guard.owns())
         return true; // the guest is at it: look again later
-    state_.mapper.resolve(c, std::span(&m, 1));
+    state_.mapper.resolve_to_change(c, std::span(&m, 1));
     if (!m.has_host() || m.host != host)
         return true;
     const Set gone = zero_subclusters(c, m);

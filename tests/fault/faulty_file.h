@@ -137,7 +137,7 @@ class FaultyDisk {
     std::string name_ = "faulty.qcow2";
 };
 
-class FaultyFile final : public File {
+class FaultyFile : public File {
   public:
     explicit FaultyFile(std::shared_ptr<FaultyDisk> disk) : disk_(std::move(disk)) {}
 

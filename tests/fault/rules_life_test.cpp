@@ -6,6 +6,7 @@
 #include "lib/byte_order.h"
 #include "tests/fault/scene.h"
 
+#include <set>
 #include <thread>
 
 using namespace qlean;
@@ -29,6 +30,44 @@ Bytes full_of_small_ones() {
     plan.virtual_size = 64 * 512;
     return build_image(plan.map_all(8)).bytes;
 }
+
+/// A host that is full from fill() on: a write into a hole needs a block that a punch has given back since.
+class FullHost final : public FaultyFile {
+  public:
+    explicit FullHost(std::shared_ptr<FaultyDisk> disk) : FaultyFile(disk), end_(disk->bytes().size()) {}
+    void fill() {
+        full_ = true;
+        room_ = 0;
+    }
+    void write(std::span<const std::byte> from, HostOffset at) override {
+        for (std::uint64_t b = at.value / block; b <= (at.value + from.size() - 1) / block; ++b) {
+            if (!hole(b))
+                continue;
+            if (full_ && room_ == 0)
+                throw_io(ENOSPC, "the host is full");
+            room_ -= full_ ? 1 : 0;
+            holes_.erase(b);
+            beyond_.insert(b);
+        }
+        FaultyFile::write(from, at);
+    }
+    bool punch(HostOffset at, std::uint64_t length) override {
+        for (std::uint64_t b = at.value / block; b < (at.value + length) / block; ++b) {
+            room_ += hole(b) ? 0 : 1;
+            beyond_.erase(b);
+            holes_.insert(b);
+        }
+        return FaultyFile::punch(at, length);
+    }
+
+  private:
+    static constexpr std::uint64_t block = 4096;
+    bool hole(std::uint64_t b) const { return b * block >= end_ ? !beyond_.contains(b) : holes_.contains(b); }
+
+    std::uint64_t end_, room_ = 0;
+    bool full_ = false;
+    std::set<std::uint64_t> holes_, beyond_; // blocks
+};
 
 } // namespace
 
@@ -470,4 +509,84 @@ TEST_CASE(
     CHECK(all_are(read_some(*s.image, 0, 8 * 64 * kib), 0x21));
     s.image->flush();
     CHECK(judge(s.disk->bytes()).sound());
+}
+
+TEST_CASE(
+    "B4: on a full host what was just trimmed is punched before a writer is told so, also after a commit for it") {
+    constexpr std::uint64_t size = 64 * kib;
+    ImagePlan plan;
+    plan.cluster_bits = 16;
+    plan.virtual_size = 640 * size;
+    plan.metadata_at = 2;
+    plan.map(600, 8);
+    const auto disk = std::make_shared<FaultyDisk>(build_image(plan).bytes);
+    auto file = std::make_unique<FullHost>(disk);
+    FullHost &host = *file;
+    const auto image = Image::open(std::move(file), {});
+    image->give_back();
+    // Few free clusters, all holes, low in the file: fewer than the writer wants, so it commits first.
+    image->trim({0}, 8 * size);
+    image->give_back();
+    host.fill();
+    image->trim({100 * size}, 40 * size);
+    image->write(bytes_of(16 * size, 0x21), {100 * size});
+    CHECK(all_are(read_some(*image, 100 * size, 16 * size), 0x21));
+    image->flush();
+    CHECK(judge(disk->bytes()).sound());
+}
+
+TEST_CASE("A punch that fails when the image is closed costs no bitmap") {
+    ImagePlan plan;
+    plan.cluster_bits = 16;
+    plan.virtual_size = 64 * 64 * kib;
+    plan.map(32, 8);
+    plan.bitmaps = true;
+    plan.autoclear = Header::autoclear_bitmaps;
+    Scene s(build_image(plan).bytes);
+    unsigned reported = 0;
+    s.image->on_background_error([&](const std::exception &) { ++reported; });
+    s.image->write(bytes_of(64 * kib, 7), {0});
+    s.image->flush();
+    s.image->trim({4 * 64 * kib}, 4 * 64 * kib);
+    Fault fault;
+    fault.ops = mask(Op::punch);
+    fault.code = ENOSPC;
+    fault.lasting = true;
+    s.disk->fail(fault);
+    CHECK_NOTHROW(s.image->close());
+    CHECK(reported == 1);
+    s.image.reset();
+    const auto again = open_image(s.disk, true);
+    REQUIRE(again->state().bitmaps);
+    for (std::size_t i = 0; i < again->state().bitmaps->size(); ++i)
+        CHECK_FALSE(again->state().bitmaps->entry(i).in_use());
+    CHECK(judge(s.disk->bytes()).clean());
+}
+
+TEST_CASE("C8: the background thread of a poisoned image waits for its end and does nothing") {
+    constexpr std::uint64_t size = 64 * kib;
+    ImagePlan plan;
+    plan.cluster_bits = 16;
+    plan.virtual_size = 700 * size;
+    plan.metadata_at = 2;
+    plan.map(640, 8);
+    Scene s(build_image(plan).bytes);
+    s.image->on_background_error([](const std::exception &) {});
+    s.image->start_housekeeping();
+    Fault fault;
+    fault.ops = mask(Op::sync);
+    fault.lasting = true;
+    s.disk->fail(fault);
+    // More than makes it give back at once.
+    s.image->trim({0}, 36 * mib);
+    CHECK_THROWS_AS(s.image->flush(), Error);
+    REQUIRE(s.image->state().write_back.poisoned());
+    const auto used = [] {
+        timespec t{};
+        ::clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+        return std::chrono::seconds(t.tv_sec) + std::chrono::nanoseconds(t.tv_nsec);
+    };
+    const auto before = used();
+    std::this_thread::sleep_for(std::chrono::seconds(1));
+    CHECK(used() - before < std::chrono::milliseconds(100)); // it took all that it could get
 }

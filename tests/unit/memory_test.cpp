@@ -7,11 +7,17 @@
 #include "lib/byte_order.h"
 #include "lib/check/check.h"
 #include "lib/check/source.h"
+#include "lib/create.h"
 #include "lib/header_home.h"
+#include "lib/l2_entry.h"
 #include "lib/snapshots.h"
 #include "tests/catch.h"
-#include "tests/fault/image_builder.h"
+#include "tests/fault/scene.h"
 #include "tests/fuzz/memory_file.h"
+
+#include <fstream>
+#include <sys/resource.h>
+#include <unistd.h>
 
 using namespace qlean;
 using namespace qlean::fault;
@@ -32,6 +38,19 @@ void require_refused(const std::shared_ptr<MemoryDisk> &disk, bool read_only, co
         INFO(error.what());
         CHECK(std::string(error.what()).find(why) != std::string::npos);
     }
+}
+
+std::uint64_t resident() {
+    std::ifstream statm("/proc/self/statm");
+    std::uint64_t whole = 0, pages = 0;
+    statm >> whole >> pages;
+    return pages * static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+}
+
+std::uint64_t highest_resident() {
+    rusage usage{};
+    ::getrusage(RUSAGE_SELF, &usage);
+    return static_cast<std::uint64_t>(usage.ru_maxrss) * 1024;
 }
 
 struct Reads {
@@ -227,4 +246,39 @@ TEST_CASE("A check takes no memory for the tables that a header claims, and the 
     CHECK(source.l1().size() * 8 <= bytes.size());
     CHECK(source.refcount_table().size() * 8 <= bytes.size());
     CHECK(check_file(file).corruptions > 0);
+}
+
+TEST_CASE("Entries that point anywhere beyond the end of the file take no memory") {
+    constexpr std::uint64_t size = 65536, tables = 8, entries = 8192;
+    Bytes bytes = empty_image(tables * entries * size, size);
+    const std::uint64_t l1 = load_be<std::uint64_t>(bytes, 40), at = round_up(bytes.size(), size);
+    bytes.resize(at + tables * size);
+    for (std::uint64_t t = 0; t < tables; ++t) {
+        store_be<std::uint64_t>(bytes, l1 + t * 8, (at + t * size) | entry::copied);
+        for (std::uint64_t e = 0; e < entries; ++e)
+            store_be<std::uint64_t>(bytes, at + t * size + e * 8, ((t * entries + e + 1) << 38) | entry::copied);
+    }
+    const auto image = Image::open(std::make_unique<MemoryFile>(std::make_shared<MemoryDisk>(bytes)), {});
+    const std::uint64_t before = resident();
+    Bytes sector(512);
+    for (std::uint64_t c = 0; c < tables * entries; c += 512)
+        CHECK_THROWS_AS(image->read(sector, {c * size}), Error);
+    CHECK(resident() - std::min(before, resident()) < std::uint64_t{64} << 20); // was 259 MiB
+}
+
+TEST_CASE("A refcount block for 2^24 clusters takes no memory for those that the file does not have") {
+    const auto disk = std::make_shared<FaultyDisk>(Bytes{});
+    CreateOptions options;
+    options.cluster_size = 2 * 1024 * 1024;
+    options.refcount_order = 0;
+    options.virtual_size = 64 * 1024 * 1024;
+    {
+        FaultyFile file(disk);
+        create_image(file, options);
+    }
+    const auto image = open_image(disk);
+    const std::uint64_t before = highest_resident();
+    image->trim({0}, options.virtual_size);
+    image->state().allocator.load_all();
+    CHECK(highest_resident() - before < std::uint64_t{32} << 20); // was 128 MiB
 }
