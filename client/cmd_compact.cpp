@@ -70,14 +70,19 @@ void run_operations(const Target &target, const CompactOptions &options, const S
     if (speed.courtesy != nullptr) {
         learn_baseline(status, stop, courtesy);
     }
-    for (const std::string &name : operations_to_run(target, options.zeroes)) {
+    const auto names = operations_to_run(target, options.zeroes);
+    for (const std::string &name : names) {
         OperationReport &report = outcome.operations.emplace_back();
         report.name = name;
-        Operation operation(target, status, pace, speed, progress, stop, report);
+        // `zeroes` begins at the start of the disk each time: on a large one `compact` would never come.
+        const StopCondition own = name == names.back() ? stop : stop.half();
+        Operation operation(target, status, pace, speed, progress, own, report);
         if (!operation.run()) {
-            outcome.stopped = stop.reason();
+            outcome.stopped = own.reason();
             outcome.code = ExitCode::stopped;
-            return;
+            if (stop.reached()) {
+                return;
+            }
         }
     }
 }

@@ -55,7 +55,7 @@ void make_way(const std::string &path) {
     if (::unlink(path.c_str()) == -1) {
         throw Failure(fmt::format("cannot remove the stale socket {}: {}", path, std::strerror(errno)));
     }
-    fmt::print(stderr, "qlean: removed the stale socket {}\n", path);
+    tell(fmt::format("qlean: removed the stale socket {}", path));
 }
 
 // A filter only loads into the very nbdkit it was built for; asking nbdkit is the only reliable test. Returns what it
@@ -161,7 +161,7 @@ ExitCode run_serve(const ServeOptions &options) {
         if (reason.empty()) {
             words.push_back("--filter=" + filter);
         } else {
-            fmt::print(stderr, "qlean: serving without the reclaim filter: {}\n", reason);
+            tell(fmt::format("qlean: serving without the reclaim filter: {}", reason));
         }
     }
     words.push_back(plugin);

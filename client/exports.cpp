@@ -5,6 +5,7 @@
 #include "exports.h"
 
 #include "connection.h"
+#include "failure.h"
 
 #include <algorithm>
 
@@ -12,11 +13,16 @@ namespace qlean {
 
 std::vector<std::string> maintenance_exports(const Target &target) {
     std::vector<std::string> names = Connection::list_exports(target);
+    const bool has_status = std::find(names.begin(), names.end(), "status") != names.end();
     std::erase_if(names, [](const std::string &name) {
         return name.empty() || name == "status" || name == "check" || name == "snapshots" ||
                name.rfind("snapshot/", 0) == 0;
     });
-    if (names.empty()) {
+    if (names.empty() && has_status) {
+        throw Failure("this server does not let you maintain the disk: its 'maintenance' parameter says who may",
+                      ExitCode::error);
+    }
+    if (names.empty()) { // it hides its list
         return {"zeroes", "compact"};
     }
     // Space is given back first, what became zero then, and the rest is moved together last.

@@ -6,6 +6,7 @@
 // be in the sentence, and a terminal must not obey them: it holds no control characters but ends of lines.
 #pragma once
 
+#include <cstdio>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -32,6 +33,12 @@ inline std::string printable(std::string text, std::string_view kept = {}) {
         c = control && kept.find(c) == kept.npos ? '?' : c;
     }
     return text;
+}
+
+// On standard error; what nobody can be told must not end the program.
+inline void tell(const std::string &sentence) noexcept {
+    std::fputs(sentence.c_str(), stderr);
+    std::fputc('\n', stderr);
 }
 
 class Failure : public std::runtime_error {

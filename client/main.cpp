@@ -167,10 +167,10 @@ int main(int argc, char **argv) {
     try {
         return run(argc, argv);
     } catch (const qlean::Failure &e) {
-        fmt::print(stderr, "qlean: {}\n", e.what());
+        qlean::tell(std::string("qlean: ") + e.what());
         return static_cast<int>(e.code());
     } catch (const std::exception &e) {
-        fmt::print(stderr, "qlean: unexpected error: {}\n", e.what());
+        qlean::tell(std::string("qlean: unexpected error: ") + e.what());
         return static_cast<int>(qlean::ExitCode::error);
     }
 }

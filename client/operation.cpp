@@ -55,6 +55,14 @@ std::uint64_t piece_size(unsigned depth, const Speed &speed, std::uint64_t clust
 
 bool StopCondition::reached() const { return signals::stop_requested() || (deadline_ && Clock::now() >= *deadline_); }
 
+StopCondition StopCondition::half() const {
+    if (!deadline_) {
+        return *this;
+    }
+    const auto now = Clock::now();
+    return StopCondition(now + std::max(*deadline_ - now, Clock::duration::zero()) / 2);
+}
+
 std::string StopCondition::reason() const {
     if (signals::stop_requested()) {
         return signals::reason();

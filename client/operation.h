@@ -37,6 +37,8 @@ class StopCondition {
 
     explicit StopCondition(std::optional<Clock::time_point> deadline) : deadline_(deadline) {}
     bool reached() const;
+    // For an operation that others are to follow: at half of the time that is left.
+    StopCondition half() const;
     // "SIGINT", "max-time", or empty.
     std::string reason() const;
 

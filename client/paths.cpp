@@ -26,6 +26,6 @@ std::string plugin_module() { return beside_the_binary("plugin", "nbdkit-qcow2-p
 
 std::string filter_module() { return beside_the_binary("filter", "nbdkit-reclaim-filter.so", "reclaim"); }
 
-std::string absolute_path(const std::string &path) { return fs::absolute(path).lexically_normal().string(); }
+std::string absolute_path(const std::string &path) { return fs::absolute(path).string(); }
 
 } // namespace qlean

@@ -119,5 +119,10 @@ class Errors(Case):
         os.close(write_end)
         self.assertEqual(events(server.log(), "flush-end")[-1]["export"], "compact")
 
+    def test_nobody_to_tell(self):
+        for redirection in ("2>&-", "2>/dev/full"):
+            code = subprocess.run(["sh", "-c", f'"$0" status {self.dir}/nosuch {redirection}', QLEAN], timeout=60).returncode
+            self.assertEqual(code, ERROR, redirection)
+
 
 main()

@@ -87,8 +87,15 @@ class Limits(Case):
 
     def test_time_counts_for_all_operations_together(self):
         server = self.server("size=1G", "todo=zeroes:0+1G", "todo=compact:0+1G", "cache-ms=100", "version=1.32.5")
+        begin = time.monotonic()
         summary = self.run_json("compact", "--max-time=1", server.socket, code=STOPPED)
-        self.assertEqual([o["export"] for o in summary["operations"]], ["zeroes"])
+        self.assertLess(time.monotonic() - begin, 2)
+        # Each has its turn, and none is at its end.
+        self.assertEqual([o["export"] for o in summary["operations"]], ["zeroes", "compact"])
+        self.assertEqual(summary["stopped"], "max-time")
+        for operation in summary["operations"]:
+            self.assertGreater(operation["handled_bytes"], 0)
+            self.assertGreater(operation["remaining_bytes"] or 1, 0)
 
 
 main()

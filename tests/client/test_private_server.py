@@ -52,6 +52,16 @@ class PrivateServer(Case):
         wait_for(lambda: events(read_log(log), "cache"), "the first request")
         return process, children_of(process.pid)[0]
 
+    def test_path_through_a_symbolic_link(self):
+        # link/../disk.qcow2 lies beside what the link points to, as for every other program.
+        os.makedirs(self.dir + "/there/below")
+        os.symlink("there/below", self.dir + "/link")
+        self.image("disk.qcow2", "size=64M", "todo=compact:0+8M")
+        image = self.image("there/disk.qcow2", "size=64M", "todo=compact:0+16M")
+        self.assertTrue(os.path.samefile(image, self.dir + "/link/../disk.qcow2"))
+        plan = json.loads(self.go("plan", "--json", self.dir + "/link/../disk.qcow2", "compact").stdout)
+        self.assertEqual(plan["exports"][0]["bytes"], 16 * M)
+
     def test_every_command(self):
         image = self.image("disk.qcow2", "size=64M", "todo=compact:0+8M")
         self.assertIn(image, self.go("status", image).stdout)
