@@ -140,8 +140,16 @@ Watcher *Server::watcher(nbdkit_context *context) {
     return watcher_.get();
 }
 
+/// The disk, as 'reclaim' uses it: our plugin does not count what comes by that name as the guest's requests.
+const char *Server::disk_below(nbdkit_context *context) {
+    Peek status(nbdkit_context_get_backend(context), StatusExport::name);
+    return status.size() == static_cast<std::int64_t>(status_page_size) ? plugin::reclaim_disk : "";
+}
+
 std::unique_ptr<Export> Server::open(nbdkit_next_open *next, nbdkit_context *context, int readonly,
                                      const std::string &name) {
+    if (name == plugin::reclaim_disk)
+        throw std::runtime_error(fmt::format("there is no export '{}'", name));
     Watcher *const watched = watcher(context);
     std::unique_ptr<Export> opened;
     const bool reclaim = name == ReclaimExport::name;
@@ -157,7 +165,7 @@ std::unique_ptr<Export> Server::open(nbdkit_next_open *next, nbdkit_context *con
     } else {
         opened = std::make_unique<OtherExport>(watched);
     }
-    if (next(context, readonly, reclaim ? "" : name.c_str()) == -1)
+    if (next(context, readonly, reclaim ? disk_below(context) : name.c_str()) == -1)
         return nullptr;
     return opened;
 }

@@ -37,6 +37,7 @@ class Server {
 
   private:
     Watcher *watcher(nbdkit_context *context);
+    static const char *disk_below(nbdkit_context *context);
     std::uint32_t learn_cluster_size(nbdkit_backend *backend, std::uint32_t preferred) const;
     bool is_default(const std::string &name);
 

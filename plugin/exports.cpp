@@ -21,8 +21,8 @@ namespace {
 
 class DiskExport final : public Export {
   public:
-    DiskExport(Server &server, bool read_only)
-        : image_(*server.image), size_(image_.size()), stats_(server.stats), read_only_(read_only) {}
+    DiskExport(Server &server, GuestStats &stats, bool read_only)
+        : image_(*server.image), size_(image_.size()), stats_(stats), read_only_(read_only) {}
 
     std::uint64_t size() const override { return size_; }
     bool survives_resize() const override { return true; }
@@ -155,10 +155,12 @@ static std::unique_ptr<Export> open_by_name(Server &server, const std::string &n
     }
     read_only = read_only || server.image->read_only();
     if (name.empty())
-        return std::make_unique<DiskExport>(server, read_only);
+        return std::make_unique<DiskExport>(server, server.stats, read_only);
     if (name == "status")
         return std::make_unique<StatusExport>(server);
     server.options.maintainers.require_peer(name);
+    if (name == reclaim_disk)
+        return std::make_unique<DiskExport>(server, server.reclaim_stats, read_only);
     if (name == "check")
         return open_check_export(server, read_only, connection);
     if (name == "compact")

@@ -11,6 +11,10 @@
 
 namespace qlean::plugin {
 
+/// The name by which the reclaim filter opens the plugin's disk for giving back; no client may, through the filter, for
+/// what it wrote would not be seen.
+inline constexpr const char *reclaim_disk = "reclaim/disk";
+
 class Maintainers {
   public:
     /// Everybody who may connect.

@@ -25,6 +25,7 @@ struct Server {
     MoveOwnership ownership;
     Gauges gauges;
     GuestStats stats;
+    GuestStats reclaim_stats; ///< requests of the reclaim filter's own, which are no guest's
     Gate gate;
     std::atomic<std::uint64_t> connections{0};
     std::atomic<std::uint64_t> resizes{0}; ///< so far; changed by a request that is alone

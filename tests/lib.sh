@@ -232,7 +232,7 @@ export_uri() { echo "nbd+unix:///$1?socket=$SOCK"; }
 status() { nbdcopy "$(export_uri status)" - | cat | jq -c "${1:-.}"; }
 
 # compact: as fast as it can; compact_kindly: with consideration for the guest, as users do it, which takes its time
-compact() { compact_kindly --fast; }
+compact() { compact_kindly --fast "$@"; }
 compact_kindly() { "$QLEAN" compact "$@" "$SOCK" >>"$W/qlean.log" 2>&1 || fail "qlean compact: $(tail -n 3 "$W/qlean.log")"; }
 
 # guest ARGUMENTS: random guest I/O checked against a raw model (guest_io.py)

@@ -12,6 +12,14 @@ unit=$W/qlean@.service
 # Man pages may not be installed, nor nbdkit where Debian has it; nothing else may be said about the units.
 sed '/^Documentation=/d; s|^ExecStart=[^ ]*|ExecStart=/bin/true|' "$unit" >"$W/checked@.service"
 sed 's|^ListenStream=.*|&\nService=checked@%i.service|' "$W/qlean@.socket" >"$W/checked@.socket"
+# A server that was killed: the shell must stop the socket of this very image, whose name systemd has escaped.
+escaped=$(systemd-escape --path '/vm/my-web server.qcow2')
+fence=$(sed -n "s/^ExecStopPost=+\/bin\/sh -c '\(.*\)'$/\1/p" "$unit")
+[ -n "$fence" ] || fail "no ExecStopPost that this test knows"
+fence=${fence//%i/"$escaped"}
+stopped=$(SERVICE_RESULT=signal sh -c "systemctl() { printf '%s' \"\$2\"; }; $fence")
+[ "$stopped" = "qlean@$escaped.socket" ] || fail "after a kill '$stopped' is stopped instead of 'qlean@$escaped.socket'"
+[ -z "$(SERVICE_RESULT=success sh -c "systemctl() { printf '%s' \"\$2\"; }; $fence")" ] || fail "a socket is stopped after a clean end"
 for u in "$W/checked@disk.qcow2.service" "$W/checked@disk.qcow2.socket"; do
     systemd-analyze verify "$u" >"$W/verify.txt" 2>&1 || fail "systemd-analyze verify: $(cat "$W/verify.txt")"
     ! grep "checked@" "$W/verify.txt" || fail "systemd complains about a unit"
