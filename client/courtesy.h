@@ -8,6 +8,8 @@
 // Time and samples are passed in, never taken: the arithmetic can be tested without waiting.
 #pragma once
 
+#include "units.h"
+
 #include <cstdint>
 #include <optional>
 
@@ -15,7 +17,6 @@ namespace qlean {
 
 class Courtesy {
   public:
-    static constexpr std::uint64_t mebibyte = 1048576;
     static constexpr std::uint64_t first_rate = 16 * mebibyte; // bytes per second
     static constexpr std::uint64_t floor_rate = 4 * mebibyte;
     // The guest notices what is both: so many times its p99 without us, and so much more.

@@ -29,7 +29,6 @@ namespace qlean {
 
 namespace {
 
-constexpr std::uint64_t mebibyte = 1048576;
 constexpr std::uint64_t flush_every = 32 * mebibyte;
 // What has been sent and is not known to be committed never exceeds this: answered, in flight, and in a running FLUSH.
 constexpr std::uint64_t uncommitted_limit = 64 * mebibyte;

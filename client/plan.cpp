@@ -6,6 +6,7 @@
 
 #include "connection.h"
 #include "failure.h"
+#include "units.h"
 
 #include <fmt/format.h>
 
@@ -15,7 +16,6 @@ namespace qlean {
 
 namespace {
 
-constexpr std::uint64_t mebibyte = 1048576;
 // Below 4 GiB (the length has 32 bits) and a multiple of the largest cluster.
 constexpr std::uint64_t longest_question = 4096 * mebibyte - 2 * mebibyte;
 

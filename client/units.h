@@ -13,6 +13,8 @@
 
 namespace qlean {
 
+constexpr std::uint64_t mebibyte = 1048576; // bytes
+
 // "5120.0 MiB"
 std::string show_bytes(std::uint64_t bytes);
 

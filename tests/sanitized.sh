@@ -9,25 +9,27 @@
 # sanitizer's runtime.
 #
 # "some" has UBSan without null, alignment, object-size and vptr (fuzz/build.sh): half of the time to compile. "all" has
-# them.
+# them, and compiles every file by itself, so that each includes what it needs.
 set -euo pipefail
 sanitizer=$1 amount=$2
 tests=$(cd "$(dirname "$0")" && pwd)
 build=$(cd "${QLEAN_BUILD:?}" && pwd)
-to=$build/$sanitizer
+to=$build/$sanitizer-$amount
 case $sanitizer in address) with=address,undefined runtime=libasan.so ;; thread) with=thread runtime=libtsan.so ;; esac
 
-targets=(tests/stress/stress tests/stress/killed)
-[ "$amount" = some ] || targets=(all)
+case $amount in
+some) unity=on targets=(tests/stress/stress tests/stress/killed) ;;
+all) unity=off targets=(all) ;;
+esac
 if [ "$sanitizer $amount" = "address some" ]; then
     to=$build/fuzz/clang
     "$tests/fuzz/build.sh" "$build/fuzz" "${targets[@]}"
 else
     {
-        [ -f "$to/build.ninja" ] || meson setup "$to" "$tests/.." -Db_sanitize=$with -Db_lundef=false -Dbuildtype=plain \
+        [ -f "$to/build.ninja" ] || meson setup "$to" "$tests/.." -Db_sanitize=$with -Db_lundef=false -Dbuildtype=plain -Dunity=$unity \
             -Ddebug=true -Doptimization=1 -Dcpp_args=-g1
         ninja -C "$to" "${targets[@]}"
-    } >"$build/$sanitizer.log" || { cat "$build/$sanitizer.log"; exit 1; }
+    } >"$to.log" || { cat "$to.log"; exit 1; }
 fi
 echo "built after $SECONDS s"
 

@@ -8,7 +8,7 @@ namespace qlean {
 
 namespace {
 
-constexpr int max_rounds = 8;
+constexpr int max_goal_rounds = 8;
 /// Clusters that must come free for compressed extents to be moved for their density alone.
 constexpr std::uint64_t worthwhile(std::uint64_t live) { return std::max<std::uint64_t>(live / 64, 3); }
 constexpr unsigned max_emptying_passes = 4;
@@ -40,7 +40,7 @@ void Compact::measure_packs(const Packs &packs) {
     for (;;) {
         // The end decides what has to move, and that the end.
         layout_.end = {state_.allocator.end()};
-        for (int round = 0; round < max_rounds; ++round) {
+        for (int round = 0; round < max_goal_rounds; ++round) {
             const HostCluster end = layout_.end;
             const auto moving = packs.moving(emptied, end);
             const auto site = packs.site(moving.bytes, end, emptied, is_free);

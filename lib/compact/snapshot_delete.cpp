@@ -10,7 +10,7 @@ namespace qlean {
 
 namespace {
 
-constexpr std::uint64_t batch = 4096;
+constexpr std::uint64_t entries_at_a_time = 4096;
 /// References retired between commits: bounds memory.
 constexpr std::size_t max_runs = 1 << 20;
 constexpr std::uint64_t max_dirty_bytes = 8 * 1024 * 1024;
@@ -115,7 +115,7 @@ void SnapshotDelete::retire_references(const StopCheck &stop) {
         require_going(stop);
         const std::uint64_t first = i * g.l2_entries(), end = first + g.l2_entries();
         for (std::uint64_t at = first; at < end; at += mappings.size()) {
-            mappings.resize(std::min(batch, end - at));
+            mappings.resize(std::min(entries_at_a_time, end - at));
             state_.mapper.survey(*snapshot_, {at}, mappings);
             for (const Mapping &m : mappings)
                 state_.mapper.append_references(runs, m);
@@ -183,7 +183,7 @@ void set_copied_flags(State &state, const StopCheck &stop) {
         const std::uint64_t first = i * g.l2_entries();
         const std::uint64_t end = first + g.l2_entries();
         for (std::uint64_t at = first; at < end; at += mappings.size()) {
-            mappings.resize(std::min(batch, end - at));
+            mappings.resize(std::min(entries_at_a_time, end - at));
             state.mapper.survey({at}, mappings);
             for (std::size_t n = 0; n < mappings.size(); ++n)
                 if (mappings[n].has_host() && !mappings[n].copied)

@@ -16,7 +16,7 @@ namespace qlean {
 
 namespace {
 
-constexpr std::uint64_t batch = 8192;
+constexpr std::uint64_t max_batch = 8192;
 constexpr std::uint64_t most_entries = 1024 * 1024; ///< of all tables of an L1 index, at a time
 constexpr std::uint64_t min_batch = 64;
 
@@ -80,7 +80,7 @@ void each_snapshot_mapping(State &state, const StopCheck &stop,
         if (tables.empty())
             continue;
         const bool has_active = i < state.l1.size() && state.l1.table(i).value != 0;
-        const std::uint64_t at_a_time = std::clamp(most_entries / tables.size(), min_batch, batch);
+        const std::uint64_t at_a_time = std::clamp(most_entries / tables.size(), min_batch, max_batch);
         for (std::uint64_t at = i * g.l2_entries(); at < (i + 1) * g.l2_entries(); at += mappings.size()) {
             mappings.resize(std::min(at_a_time, (i + 1) * g.l2_entries() - at));
             active.assign(mappings.size(), Mapping{});

@@ -9,7 +9,7 @@ namespace qlean {
 
 namespace {
 
-constexpr std::uint64_t batch = 4096;
+constexpr std::uint64_t scanned_at_a_time = 4096;
 constexpr std::uint64_t first_look = 4096; // bytes; a page of the host's
 
 } // namespace
@@ -57,7 +57,7 @@ std::vector<Maintenance::Planned> ZeroScan::plan(GuestOffset at, std::uint64_t l
         if (!state_.mapper.has_table(first)) {
             append_planned(planned, at, stop - at, false);
         } else {
-            stop = std::min(stop, g.offset_of(first + batch));
+            stop = std::min(stop, g.offset_of(first + scanned_at_a_time));
             mappings.resize((g.cluster_of(stop - 1) - first) + 1);
             state_.mapper.survey(first, mappings);
             for (std::size_t i = 0; i < mappings.size(); ++i) {
@@ -83,7 +83,7 @@ void ZeroScan::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) 
             c = state_.mapper.table_end(c);
             continue;
         }
-        const GuestCluster end = std::min({last + 1, state_.mapper.table_end(c), c + batch});
+        const GuestCluster end = std::min({last + 1, state_.mapper.table_end(c), c + scanned_at_a_time});
         mappings.resize(end - c);
         state_.mapper.survey(c, mappings);
         for (std::size_t i = 0; i < mappings.size(); ++i) {

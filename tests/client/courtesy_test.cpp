@@ -7,10 +7,9 @@
 #include "client/courtesy.h"
 
 using qlean::Courtesy;
+using qlean::mebibyte;
 
 namespace {
-
-constexpr auto mebibyte = Courtesy::mebibyte;
 
 /// `count` samples of that p99, while we achieve what we may, up to what the storage is able to.
 void samples(Courtesy &courtesy, int count, double p99_us, std::uint64_t able = 1000 * mebibyte) {
