@@ -129,8 +129,17 @@ void Image::give_back() {
 
 void Image::commit_and_punch() {
     state_.write_back.commit(WriteBack::Give::back);
+    punch();
+}
+
+void Image::punch() {
     while (state_.allocator.punch_step(punch_step_bytes)) {
     }
+}
+
+void Image::report(const std::exception &error) const {
+    if (report_)
+        report_(error);
 }
 
 void Image::start_housekeeping() {
@@ -158,12 +167,10 @@ void Image::keep_house() {
             if (!state_.write_back.poisoned()) {
                 if (state_.write_back.anything_to_commit())
                     state_.write_back.commit(WriteBack::Give::back);
-                while (state_.allocator.punch_step(punch_step_bytes)) {
-                }
+                punch();
             }
         } catch (const std::exception &error) {
-            if (report_)
-                report_(error);
+            report(error);
             std::this_thread::sleep_for(std::chrono::milliseconds(100));
         }
         guard.lock();
@@ -192,8 +199,7 @@ bool Image::store_bitmaps() {
     try {
         return state_.bitmaps && state_.bitmaps->store();
     } catch (const std::exception &error) {
-        if (report_)
-            report_(error);
+        report(error);
         return true;
     }
 }
@@ -208,8 +214,23 @@ void Image::stop_housekeeping() {
         house_.join();
 }
 
+Image::BeforeClose::BeforeClose(Image &image, std::function<void()> call) : calls_(image.before_close_) {
+    const Lock guard(calls_->mutex);
+    here_ = calls_->list.insert(calls_->list.end(), std::move(call));
+}
+
+Image::BeforeClose::~BeforeClose() {
+    const Lock guard(calls_->mutex);
+    calls_->list.erase(here_);
+}
+
 void Image::close() {
     stop_housekeeping();
+    {
+        const Lock guard(before_close_->mutex);
+        for (const auto &call : before_close_->list)
+            call();
+    }
     {
         const std::lock_guard guard(open_);
         closed_ = true;
@@ -224,11 +245,9 @@ void Image::close() {
     while (state_.allocator.truncate_step(punch_step_bytes, HostCluster{state_.opened_end})) {
     }
     try {
-        while (state_.allocator.punch_step(punch_step_bytes)) {
-        }
+        punch();
     } catch (const Error &error) {
-        if (report_)
-            report_(error); // less is given back, and nothing else depends on it
+        report(error); // less is given back, and nothing else depends on it
     }
     state_.write_back.lead([&] { state_.write_back.sync_as_leader(); });
 }

@@ -16,6 +16,7 @@
 #include "thread_safety.h"
 
 #include <functional>
+#include <list>
 #include <memory>
 #include <span>
 #include <string>
@@ -82,7 +83,8 @@ class Image {
 
     /// Commits every few seconds and punches in the background. To be started where threads may be (after a fork).
     void start_housekeeping();
-    /// Commits, gives back everything, shortens the file by its free tail. Nothing else may be running or follow.
+    /// Commits, gives back everything, shortens the file by its free tail. Nothing else may be running or follow; an
+    /// operation may still exist.
     void close();
 
     /// Called with errors that happen in the background.
@@ -91,6 +93,25 @@ class Image {
     /// Called once, when the image becomes poisoned.
     void on_poison(std::function<void()> call);
 
+    /// While it exists, close() begins with this call: for who has something reserved that a clean end gives back. It may
+    /// outlive the image, and does where a client is still connected when the server ends.
+    class BeforeClose {
+      public:
+        BeforeClose(Image &image, std::function<void()> call);
+        ~BeforeClose();
+        BeforeClose(const BeforeClose &) = delete;
+        BeforeClose &operator=(const BeforeClose &) = delete;
+
+      private:
+        friend class Image;
+        struct Calls {
+            Mutex mutex;
+            std::list<std::function<void()>> list PROTECTED_BY(mutex);
+        };
+        std::shared_ptr<Calls> calls_;
+        std::list<std::function<void()>>::iterator here_;
+    };
+
     /// For the maintenance operations.
     State &state() { return state_; }
     /// Commits, giving back, and punches what came free. Nothing once it has been closed.
@@ -98,6 +119,8 @@ class Image {
 
   private:
     void commit_and_punch();
+    void punch();
+    void report(const std::exception &error) const;
     explicit Image(std::unique_ptr<State> state);
 
     /// The most that one guard of the range lock covers: bounds how long a request keeps others out.
@@ -163,6 +186,7 @@ class Image {
     std::function<void(const std::exception &)> report_;
     std::function<void()> poison_;
 
+    const std::shared_ptr<BeforeClose::Calls> before_close_ = std::make_shared<BeforeClose::Calls>();
     RwLock open_; // shared by whoever gives back
     bool closed_ = false;
     Mutex house_mutex_;

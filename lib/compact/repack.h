@@ -18,7 +18,7 @@ namespace qlean {
 
 class Repacker {
   public:
-    explicit Repacker(Image &image) : image_(image), state_(image.state()) {}
+    explicit Repacker(Image &image) : image_(image), state_(image.state()), before_close_(image, [this] { close(); }) {}
 
     enum class Outcome {
         moved,
@@ -66,6 +66,7 @@ class Repacker {
     std::vector<Stretch> stretches_ PROTECTED_BY(mutex_);
     std::vector<bool> filled_ PROTECTED_BY(mutex_);
     std::uint64_t grown_ PROTECTED_BY(mutex_) = 0; ///< clusters taken beyond the site, to make a beginning
+    Image::BeforeClose before_close_;              ///< what is reserved is a leak otherwise
 };
 
 } // namespace qlean

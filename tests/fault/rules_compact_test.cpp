@@ -341,3 +341,24 @@ TEST_CASE("C2: where room for compressed extents comes free bit by bit, none is 
     INFO(taken << " clusters where " << needed << " would do");
     CHECK(taken * 1000 <= needed * 1030);
 }
+
+TEST_CASE("A clean end leaves no leak while extents are being packed for somebody who is still connected") {
+    constexpr std::uint64_t size = 65536, count = 64;
+    ImagePlan plan;
+    plan.cluster_bits = 16;
+    plan.virtual_size = count * size;
+    plan.metadata_at = 1;
+    plan.compressed_at = 8;
+    for (std::uint64_t i = 0; i < count; ++i)
+        plan.compressed[i] = 40000;
+    Scene s(build_image(plan).bytes);
+    const Bytes model = read_all(*s.image);
+    Compact compact(*s.image, s.ownership, s.gauges, 7);
+    REQUIRE(compact.plan({0}, s.image->size(), 1000).size() > 0);
+    compact.run({0}, 4 * size, never);
+    SECTION("after a commit") { compact.commit(never); }
+    SECTION("at once") {}
+    s.image->close();
+    CHECK(judge(s.disk->bytes()).clean());
+    CHECK((read_all(*open_image(s.disk, true)) == model));
+}
