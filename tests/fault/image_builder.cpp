@@ -304,6 +304,7 @@ Bytes with_snapshot(Bytes image, const std::string &name) {
     const std::uint64_t cluster = e.cluster(), size = e.get<std::uint64_t>(24);
     const auto l1_size = e.get<std::uint32_t>(36);
     const std::uint64_t l1 = e.get<std::uint64_t>(40);
+    const bool extended = e.get<std::uint32_t>(4) > 2 && (e.get<std::uint64_t>(72) & Header::incompatible_extended_l2);
 
     // The snapshot's L1 table: what the active one is now.
     const std::uint64_t copy = e.allocate(divide_up(std::uint64_t{l1_size} * 8, cluster));
@@ -316,7 +317,7 @@ Bytes with_snapshot(Bytes image, const std::string &name) {
             continue;
         e.set(l1 + i * 8, word & ~entry::copied);
         e.add(table / cluster);
-        for (std::uint64_t n = 0; n < cluster / 8; ++n) {
+        for (std::uint64_t n = 0; n < cluster / 8; n += extended ? 2 : 1) {
             const std::uint64_t mapped = e.get<std::uint64_t>(table + n * 8), at = mapped & entry::offset_mask;
             if (mapped & entry::compressed) {
                 const auto extent = entry::compressed_extent(mapped & ~entry::compressed, e.get<std::uint32_t>(20));

@@ -437,3 +437,32 @@ TEST_CASE("C1: a snapshot table that is longer than what is linked ahead can be 
     CHECK(judge(s.disk->bytes()).clean());
     CHECK(open_image(s.disk)->state().snapshots.list().size() == snapshots - 1);
 }
+
+TEST_CASE("A walk over many snapshots with tables of their own can be stopped at each of them") {
+    constexpr std::uint64_t count = 64;
+    ImagePlan plan;
+    plan.virtual_size = 64 * 512;
+    plan.metadata_at = 200;
+    plan.data[0] = 8;
+    for (std::uint64_t c = 1; c < 64; ++c)
+        plan.compressed[c] = 0;
+    plan.compressed_at = 9;
+    auto disk = std::make_shared<FaultyDisk>(build_image(plan).bytes);
+    for (std::uint64_t n = 0; n < count; ++n) {
+        disk = std::make_shared<FaultyDisk>(with_snapshot(disk->bytes(), std::to_string(n)));
+        const auto image = open_image(disk);
+        image->write(bytes_of(512, static_cast<unsigned>(n + 1)), {0}); // a table of its own from now on
+        image->close();
+    }
+    Scene s(disk->bytes());
+    REQUIRE(s.image->state().snapshots.list().size() == count);
+    std::uint64_t asked = 0;
+    each_snapshot_mapping(
+        s.image->state(),
+        [&] {
+            ++asked;
+            return false;
+        },
+        [](GuestCluster, const Mapping &) {});
+    CHECK(asked >= count);
+}

@@ -376,6 +376,7 @@ TEST_CASE("A trim of part of a cluster that two entries claim, one of them read,
     ImagePlan plan;
     plan.cluster_bits = 16;
     plan.virtual_size = 700 * size;
+    plan.extended = GENERATE(false, true);
     plan.metadata_at = 2;
     plan.map(700, 8);
     BuiltImage built = build_image(plan);
@@ -384,6 +385,57 @@ TEST_CASE("A trim of part of a cluster that two entries claim, one of them read,
     const Bytes theirs = read_some(*image, 600 * size, size);
     image->trim({5 * size + 4096}, 4096);
     CHECK((read_some(*image, 600 * size, size) == theirs));
+}
+
+TEST_CASE(
+    "What is done to part of a cluster that is counted twice changes nothing of a snapshot, whatever its flag says") {
+    constexpr std::uint64_t size = 16384;
+    const bool extended = GENERATE(false, true);
+    const int how = GENERATE(0, 1, 2, 3, 4);
+    INFO("extended " << extended << ", way " << how);
+    ImagePlan plan;
+    plan.cluster_bits = 14;
+    plan.virtual_size = 40 * size;
+    plan.extended = extended;
+    plan.map(8, 2);
+    plan.metadata_at = 20;
+    auto disk = std::make_shared<FaultyDisk>(with_snapshot(build_image(plan).bytes, "before"));
+    {
+        const auto image = open_image(disk);
+        image->write(bytes_of(size, 0x21), {0}); // a table of its own from now on
+        image->close();
+    }
+    Bytes bytes = disk->bytes();
+    const std::uint64_t l1 = load_be<std::uint64_t>(bytes, 40);
+    const std::uint64_t table = load_be<std::uint64_t>(bytes, l1) & entry::offset_mask;
+    const std::uint64_t five = table + 5 * (extended ? 16 : 8), word = load_be<std::uint64_t>(bytes, five);
+    REQUIRE((word & entry::copied) == 0);
+    store_be<std::uint64_t>(bytes, five, word | entry::copied);
+    if (extended) { // the first half is data, and begins with zeroes
+        store_be<std::uint64_t>(bytes, five + 8, 0x0000ffff);
+        std::fill_n(bytes.begin() + static_cast<std::ptrdiff_t>(word & entry::offset_mask), 512, std::byte{0});
+    }
+    const auto theirs = [&](const Bytes &all) {
+        const auto at = all.begin() + static_cast<std::ptrdiff_t>(word & entry::offset_mask);
+        return Bytes(at, at + size);
+    };
+    const Bytes before = theirs(bytes);
+    disk = std::make_shared<FaultyDisk>(bytes);
+    const auto image = open_image(disk);
+    Gauges gauges;
+    const GuestOffset at{5 * size + 4096};
+    if (how == 0)
+        image->trim(at, 4096);
+    else if (how == 1)
+        image->zero(at, 4096, Image::Zero::may_trim, false);
+    else if (how == 2)
+        image->zero(at, 4096, Image::Zero::keep_space, false);
+    else if (how == 3)
+        image->write(bytes_of(4096, 0x42), at);
+    else
+        ZeroScan(*image, gauges).run({0}, image->size(), never);
+    image->close();
+    CHECK((theirs(disk->bytes()) == before));
 }
 
 TEST_CASE("Zeroes in subclusters of a cluster that two entries say they own are not given back") {
