@@ -19,8 +19,7 @@ std::vector<std::string> maintenance_exports(const Target &target) {
                name.rfind("snapshot/", 0) == 0;
     });
     if (names.empty() && has_status) {
-        throw Failure("this server does not let you maintain the disk: its 'maintenance' parameter says who may",
-                      ExitCode::error);
+        throw Failure("this server does not let you maintain the disk: its 'maintenance' parameter says who may");
     }
     if (names.empty()) { // it hides its list
         return {"zeroes", "compact"};

@@ -171,11 +171,8 @@ void Bitmaps::begin() {
 }
 
 void Bitmaps::begin_as_leader() {
-    if (!tracked_.empty()) { // storing them failed half-way
-        for (const Tracked &t : tracked_)
-            write_flags(t.entry, entry(t.entry).flags);
-        return write_back_.sync_as_leader();
-    }
+    if (!tracked_.empty()) // storing them failed half-way
+        return set_in_use(tracked_entries(), true);
     std::vector<std::size_t> chosen;
     for (std::size_t i = 0; i < size(); ++i)
         if (entry(i).tracked())
@@ -189,23 +186,32 @@ void Bitmaps::begin_as_leader() {
         const BitmapEntry e = entry(i);
         tracked.push_back({i, e.granularity_bits, DirtyBits(e.bits(geometry_.virtual_size()))});
     }
-    // Each flag is in one sector. Should power fail in between, some bitmaps are inconsistent and others are right.
-    for (const std::size_t i : chosen)
-        write_flags(i, entry(i).flags | BitmapEntry::flag_in_use);
-    write_back_.sync_as_leader();
-    for (const std::size_t i : chosen)
-        note_flags(i, entry(i).flags | BitmapEntry::flag_in_use);
+    set_in_use(chosen, true);
     tracked_ = std::move(tracked);
 }
 
-void Bitmaps::write_flags(std::size_t i, std::uint32_t flags) {
-    const std::uint32_t word = big_endian(flags);
-    file_.write(std::as_bytes(std::span(&word, 1)), entry_home(i) + BitmapEntry::flags_at);
+void Bitmaps::set_in_use(const std::vector<std::size_t> &which, bool in_use) {
+    if (which.empty())
+        return;
+    const auto changed = [in_use](std::uint32_t flags) {
+        return in_use ? flags | BitmapEntry::flag_in_use : flags & ~BitmapEntry::flag_in_use;
+    };
+    // Each flag is in one sector. Should power fail in between, some bitmaps are inconsistent and others are right.
+    for (const std::size_t i : which) {
+        const std::uint32_t word = big_endian(changed(entry(i).flags));
+        file_.write(std::as_bytes(std::span(&word, 1)), entry_home(i) + BitmapEntry::flags_at);
+    }
+    write_back_.sync_as_leader();
+    const Lock guard(mutex_);
+    for (const std::size_t i : which)
+        entries_[i].flags = changed(entries_[i].flags);
 }
 
-void Bitmaps::note_flags(std::size_t i, std::uint32_t flags) {
-    const Lock guard(mutex_);
-    entries_[i].flags = flags;
+std::vector<std::size_t> Bitmaps::tracked_entries() const {
+    std::vector<std::size_t> entries;
+    for (const Tracked &t : tracked_)
+        entries.push_back(t.entry);
+    return entries;
 }
 
 /// Why nothing of the bitmaps may be written in place: a cluster of theirs may hold something else too.
@@ -281,11 +287,7 @@ void Bitmaps::store_as_leader() {
     // If this fails nobody knows what the file says: whoever changes something first says once more that they are in
     // use.
     begun_.store(false, std::memory_order_release);
-    for (const Tracked &t : tracked_)
-        write_flags(t.entry, entry(t.entry).flags & ~BitmapEntry::flag_in_use);
-    write_back_.sync_as_leader();
-    for (const Tracked &t : tracked_)
-        note_flags(t.entry, entry(t.entry).flags & ~BitmapEntry::flag_in_use);
+    set_in_use(tracked_entries(), false);
     tracked_.clear();
 }
 

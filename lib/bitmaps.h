@@ -107,8 +107,9 @@ class Bitmaps {
     void begin_as_leader();
     /// Where the entry is in the file.
     HostOffset entry_home(std::size_t i) const;
-    void write_flags(std::size_t i, std::uint32_t flags);
-    void note_flags(std::size_t i, std::uint32_t flags);
+    /// In the file, durably, and then in memory. As leader.
+    void set_in_use(const std::vector<std::size_t> &which, bool in_use);
+    std::vector<std::size_t> tracked_entries() const;
     std::optional<std::string> unsafe() const;
     void give_up(const std::string &why);
     void store_as_leader();

@@ -44,11 +44,7 @@ std::vector<std::size_t> Bitmaps::grow_tables(const std::function<Allocator::Res
     if (grown.empty())
         return grown;
     write_back_.write_refcounts_as_leader();
-    for (const std::size_t i : grown)
-        write_flags(i, entry(i).flags | BitmapEntry::flag_in_use);
-    write_back_.sync_as_leader();
-    for (const std::size_t i : grown)
-        note_flags(i, entry(i).flags | BitmapEntry::flag_in_use);
+    set_in_use(grown, true);
     std::vector<HostRun> old;
     for (std::size_t n = 0; n < grown.size(); ++n)
         old.push_back(table_run(entry(grown[n])));
@@ -74,12 +70,7 @@ std::vector<std::size_t> Bitmaps::grow_tables(const std::function<Allocator::Res
 }
 
 void Bitmaps::tables_grown(const std::vector<std::size_t> &grown) {
-    for (const std::size_t i : grown)
-        write_flags(i, entry(i).flags & ~BitmapEntry::flag_in_use);
-    if (!grown.empty())
-        write_back_.sync_as_leader();
-    for (const std::size_t i : grown)
-        note_flags(i, entry(i).flags & ~BitmapEntry::flag_in_use);
+    set_in_use(grown, false);
 }
 
 } // namespace qlean
