@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) 2026, the qlean authors
 //
-// What went wrong, and how the user is told. Failure is the client's one exception type: it carries the sentence the user
-// reads and the exit code the script reads; only main() catches it to end the program. Everything else that unwinds does
-// so through destructors. A server's words may be in the sentence, and a terminal must not obey them: it holds no control
-// characters but ends of lines.
+// What went wrong, and how the user is told. Failure is the client's one exception type: it carries the sentence the
+// user reads and the exit code the script reads; only main() catches it to end the program. Everything else that
+// unwinds does so through destructors. A server's words may be in the sentence, and a terminal must not obey them: it
+// holds no control characters but ends of lines.
 #pragma once
 
 #include <cstdio>

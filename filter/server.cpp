@@ -140,12 +140,11 @@ Watcher *Server::watcher(nbdkit_context *context) {
     return watcher_.get();
 }
 
-/// The disk, as 'reclaim' uses it: our plugin does not count what comes by that name as the guest's requests. Most others
-/// have one disk whatever it is called; one that refuses says so in the log, and one of another size is not the disk.
+/// The disk, as 'reclaim' uses it: our plugin does not count what comes by that name as the guest's requests. Most
+/// others have one disk whatever it is called; one that refuses says so in the log, and one of another size is not the
+/// disk.
 const char *Server::disk_below(nbdkit_context *context) {
-    const auto size_of = [context](const char *name) {
-        return Peek(nbdkit_context_get_backend(context), name).size();
-    };
+    const auto size_of = [context](const char *name) { return Peek(nbdkit_context_get_backend(context), name).size(); };
     const std::int64_t size = size_of(plugin::reclaim_disk);
     return size >= 0 && size == size_of("") ? plugin::reclaim_disk : "";
 }

@@ -69,8 +69,6 @@ std::vector<std::size_t> Bitmaps::grow_tables(const std::function<Allocator::Res
     return grown;
 }
 
-void Bitmaps::tables_grown(const std::vector<std::size_t> &grown) {
-    set_in_use(grown, false);
-}
+void Bitmaps::tables_grown(const std::vector<std::size_t> &grown) { set_in_use(grown, false); }
 
 } // namespace qlean

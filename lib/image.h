@@ -93,8 +93,8 @@ class Image {
     /// Called once, when the image becomes poisoned.
     void on_poison(std::function<void()> call);
 
-    /// While it exists, close() begins with this call: for who has something reserved that a clean end gives back. It may
-    /// outlive the image, and does where a client is still connected when the server ends.
+    /// While it exists, close() begins with this call: for who has something reserved that a clean end gives back. It
+    /// may outlive the image, and does where a client is still connected when the server ends.
     class BeforeClose {
       public:
         BeforeClose(Image &image, std::function<void()> call);

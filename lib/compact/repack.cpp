@@ -86,8 +86,8 @@ void Repacker::begin_stretch(Allocator::Reservation clusters) {
     stretches_.push_back({std::move(clusters), g.offset_of(first), g.offset_of(end), 0});
 }
 
-/// A stretch goes on where what follows it has come free: less is lost than with a new one. False: none can go on so far
-/// that `bytes` fit.
+/// A stretch goes on where what follows it has come free: less is lost than with a new one. False: none can go on so
+/// far that `bytes` fit.
 bool Repacker::extend_stretch(std::uint64_t bytes, std::uint64_t referrers, const Site &site) {
     const Geometry &g = state_.geometry;
     for (Stretch &s : stretches_) {
