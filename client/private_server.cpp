@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) 2026, the qlean authors
 //
-// fork, exec, wait for the socket, SIGTERM, wait. The directory of the socket is 0700, which is what keeps other users
-// away from it: nbdkit creates the socket itself with its own umask.
+// fork, exec, wait for the process id, SIGTERM, wait. nbdkit writes its process id when it is ready to be connected to;
+// the file that we name for that is a pipe. (Not a connection to see whether it accepts one: 1.32 crashes if it is to
+// end while one is beginning.) The directory of the socket is 0700, which is what keeps other users away from it:
+// nbdkit creates the socket itself with its own umask.
 #include "private_server.h"
 
 #include "failure.h"
@@ -16,9 +18,10 @@
 #include <csignal>
 #include <cstdlib>
 #include <cstring>
+#include <fcntl.h>
+#include <poll.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
-#include <sys/socket.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <thread>
@@ -29,21 +32,11 @@ namespace qlean {
 
 namespace {
 
-bool accepts_connections(const std::string &path) {
-    const int fd = ::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (fd == -1) {
-        return false;
-    }
-    sockaddr_un address{};
-    address.sun_family = AF_UNIX;
-    std::strncpy(address.sun_path, path.c_str(), sizeof address.sun_path - 1);
-    const bool connected = ::connect(fd, reinterpret_cast<sockaddr *>(&address), sizeof address) == 0;
-    ::close(fd);
-    return connected;
-}
+constexpr int look_again_ms = 50; // whether the server has ended
 
 // Runs in the child. Only async-signal-safe calls: everything that allocates was done before the fork.
-[[noreturn]] void become(char *const argv[], int log, pid_t parent) {
+[[noreturn]] void become(char *const argv[], int log, int ready, pid_t parent) {
+    ::fcntl(ready, F_SETFD, 0);
     ::setpgid(0, 0);
     ::prctl(PR_SET_PDEATHSIG, SIGTERM);
     if (::getppid() != parent) {
@@ -82,9 +75,7 @@ PrivateServer::PrivateServer(const std::string &image, Access access, const Nbdk
     } catch (...) {
         terminate();
         remove_directory();
-        if (log_ != -1) {
-            ::close(log_);
-        }
+        close_files();
         throw;
     }
 }
@@ -92,7 +83,15 @@ PrivateServer::PrivateServer(const std::string &image, Access access, const Nbdk
 PrivateServer::~PrivateServer() {
     terminate();
     remove_directory();
-    ::close(log_);
+    close_files();
+}
+
+void PrivateServer::close_files() noexcept {
+    for (const int fd : {log_, ready_}) {
+        if (fd != -1) {
+            ::close(fd);
+        }
+    }
 }
 
 void PrivateServer::start(const std::string &image, Access access, const Nbdkit &nbdkit,
@@ -110,13 +109,25 @@ void PrivateServer::start(const std::string &image, Access access, const Nbdkit 
     directory_ = name;
     socket_ = directory_ + "/sock";
     signals::set_leftovers(socket_, directory_);
+    signals::install_removal();
 
     log_ = ::memfd_create("qlean-nbdkit-log", MFD_CLOEXEC);
     if (log_ == -1) {
         throw Failure(fmt::format("cannot create a buffer for the server's messages: {}", std::strerror(errno)));
     }
 
-    std::vector<std::string> words = {nbdkit.program, "-f", "-U", socket_};
+    int pipe[2];
+    if (::pipe2(pipe, O_CLOEXEC) == -1) {
+        throw Failure(fmt::format("cannot create a pipe to the server: {}", std::strerror(errno)));
+    }
+    ready_ = pipe[0];
+    struct Closed { // here: the last one who has it is the server
+        int fd;
+        ~Closed() { ::close(fd); }
+    } const theirs{pipe[1]};
+
+    std::vector<std::string> words = {nbdkit.program, "-f",   "-P", fmt::format("/proc/self/fd/{}", theirs.fd),
+                                      "-U",           socket_};
     if (access == Access::read_only) {
         words.emplace_back("-r");
     }
@@ -137,15 +148,19 @@ void PrivateServer::start(const std::string &image, Access access, const Nbdkit 
         throw Failure(fmt::format("cannot start {}: {}", nbdkit.program, std::strerror(errno)));
     }
     if (child_ == 0) {
-        become(argv.data(), log_, parent);
+        become(argv.data(), log_, theirs.fd, parent);
     }
     // Both sides do it, so the group exists before the terminal can send anything, whoever runs first.
     ::setpgid(child_, child_);
 }
 
 void PrivateServer::wait_until_listening(const std::string &image) {
-    using namespace std::chrono_literals;
-    while (!accepts_connections(socket_)) {
+    for (;;) {
+        pollfd events[2] = {{ready_, POLLIN, 0}, {signals::wake_fd(), POLLIN, 0}};
+        const bool heard = ::poll(events, 2, look_again_ms) > 0;
+        if (heard && (events[0].revents & POLLIN) != 0) {
+            return;
+        }
         int status = 0;
         if (::waitpid(child_, &status, WNOHANG) == child_) {
             child_ = -1;
@@ -156,7 +171,9 @@ void PrivateServer::wait_until_listening(const std::string &image) {
         }
         if (signals::stop_requested()) // a repair that ends with it is finished by the next one
             throw Failure(fmt::format("stopped before {} was ready", image), ExitCode::stopped);
-        std::this_thread::sleep_for(10ms);
+        if (heard) { // nobody has the pipe any more, and the server has not ended
+            std::this_thread::sleep_for(std::chrono::milliseconds(look_again_ms));
+        }
     }
 }
 
@@ -200,13 +217,8 @@ std::string PrivateServer::last_words() const {
         text.append(buffer, static_cast<std::size_t>(n));
     }
     // nbdkit writes "nbdkit: PLUGIN[N]: error: TEXT"; the first error is the cause, later ones are consequences.
-    // That a client hung up during the handshake is our own waiting for the socket.
     constexpr std::string_view mark = "error: ";
-    auto at = text.find(mark);
-    while (at != std::string::npos &&
-           text.substr(at, text.find('\n', at) - at).find("newstyle handshake") != std::string::npos) {
-        at = text.find(mark, at + mark.size());
-    }
+    const auto at = text.find(mark);
     std::string line = at == std::string::npos ? text : text.substr(at + mark.size());
     line = line.substr(0, line.find('\n'));
     return line;

@@ -45,13 +45,15 @@ class PrivateServer {
     void start(const std::string &image, Access access, const Nbdkit &nbdkit,
                const std::vector<std::string> &parameters);
     void wait_until_listening(const std::string &image);
+    void close_files() noexcept;
     int terminate() noexcept; // wait status, or -1 when there is no child
     void remove_directory() noexcept;
 
     std::string directory_;
     std::string socket_;
     pid_t child_ = -1;
-    int log_ = -1; // memfd that is the child's stderr: never blocks it, never needs a reader
+    int ready_ = -1; // pipe that the child writes to when it is
+    int log_ = -1;   // memfd that is the child's stderr: never blocks it, never needs a reader
 };
 
 } // namespace qlean

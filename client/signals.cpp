@@ -31,7 +31,7 @@ static_assert(std::atomic<int>::is_always_lock_free && std::atomic<bool>::is_alw
 void handler(int number) {
     const int saved = errno;
     int nobody = 0;
-    if (caught.compare_exchange_strong(nobody, number)) {
+    if (write_end.load() != -1 && caught.compare_exchange_strong(nobody, number)) {
         const char byte = 0;
         // The pipe is only a wake-up; the flag above is what counts, so a full pipe does not matter.
         [[maybe_unused]] const auto written = ::write(write_end.load(), &byte, 1);
@@ -46,16 +46,7 @@ void handler(int number) {
     errno = saved;
 }
 
-} // namespace
-
-void install() {
-    int ends[2];
-    if (::pipe2(ends, O_CLOEXEC | O_NONBLOCK) == -1) {
-        throw Failure(std::string("cannot create the pipe that signals wake us with: ") + std::strerror(errno));
-    }
-    read_end = ends[0];
-    write_end = ends[1];
-
+void catch_signals() {
     struct sigaction action {};
     action.sa_handler = handler;
     action.sa_flags = SA_RESTART; // calls that libnbd makes for us finish; our own poll() is woken by the pipe
@@ -67,8 +58,26 @@ void install() {
         }
         ::sigaction(number, &action, nullptr);
     }
+}
+
+} // namespace
+
+void install() {
+    int ends[2];
+    if (::pipe2(ends, O_CLOEXEC | O_NONBLOCK) == -1) {
+        throw Failure(std::string("cannot create the pipe that signals wake us with: ") + std::strerror(errno));
+    }
+    read_end = ends[0];
+    write_end = ends[1];
+    catch_signals();
     // A closed pipe on stdout must not cut off the drain.
     ::signal(SIGPIPE, SIG_IGN);
+}
+
+void install_removal() {
+    if (write_end.load() == -1) {
+        catch_signals();
+    }
 }
 
 bool stop_requested() { return caught.load() != 0; }

@@ -2,7 +2,8 @@
 // Copyright (c) 2026, the qlean authors
 //
 // Turns SIGINT, SIGTERM and SIGHUP into a wish to stop that the main loop notices; the handler itself only sets a flag
-// and writes one byte. The second signal no longer waits for the server: it removes the registered files and dies.
+// and writes one byte. The second signal no longer waits for the server: it removes the registered files and dies. So does
+// the first one of a command that has nothing to finish.
 #pragma once
 
 #include <string>
@@ -11,6 +12,9 @@ namespace qlean::signals {
 
 // Call once, before any connection exists. A SIGHUP that was ignored (nohup) stays ignored.
 void install();
+
+// For who registers files: after this every such signal removes them. Changes nothing after install().
+void install_removal();
 
 bool stop_requested();
 

@@ -62,7 +62,8 @@ class Gate {
 
     /// Takes over SIGTERM, SIGINT, SIGHUP and SIGQUIT: on the first, `leave` runs once no request does. Then the
     /// process ends, with status 0 if `leave` returned true: by itself while clients are connected, for nbdkit would
-    /// answer what is held with errors; through nbdkit, which lets filters finish their work, when there are none.
+    /// answer what is held with errors; through nbdkit, which lets filters finish their work, when there are none. (A
+    /// crash in there, after `leave`, is reported, and the status stays 0.)
     /// SIGABRT ends in order too where that is possible, with status 134; not if a thread aborted that was at work on
     /// the image. Call after nbdkit has forked.
     void own_signals(std::function<bool()> leave);

@@ -19,7 +19,11 @@
 using qlean::plugin::Gate;
 
 // What of nbdkit the gate needs.
-extern "C" void nbdkit_shutdown() {}
+static bool crash_in_shutdown = false;
+extern "C" void nbdkit_shutdown() {
+    if (crash_in_shutdown)
+        std::thread([] { ::raise(SIGSEGV); }).join();
+}
 
 namespace {
 
@@ -126,6 +130,17 @@ TEST_CASE("An abort of nbdkit's is an end in order") {
     const End end = end_of([](Gate &, auto) { std::thread([] { std::abort(); }).detach(); });
     CHECK(end.left);
     CHECK(end.status == 128 + SIGABRT);
+}
+
+TEST_CASE("A crash of nbdkit's after everything was closed is a good end; one before it is a crash") {
+    crash_in_shutdown = true;
+    const End late = end_of([](Gate &, auto ready) { ready(); }, SIGTERM);
+    crash_in_shutdown = false;
+    CHECK(late.left);
+    CHECK(late.status == 0);
+    const End early = end_of([](Gate &, auto) { std::thread([] { ::raise(SIGSEGV); }).detach(); });
+    CHECK_FALSE(early.left);
+    CHECK(early.signal == SIGSEGV);
 }
 
 TEST_CASE("An abort in a request writes nothing more") {
