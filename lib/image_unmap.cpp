@@ -60,16 +60,23 @@ void Image::zero(GuestOffset at, std::uint64_t length, Zero how, bool fast) {
     if (length == 0)
         return;
     before_change(at, length);
+    // What stays where it is may want space of the host all the same.
+    const auto in_place = [this](auto &&change) {
+        with_room([&](Allocator::Growth) {
+            change();
+            return Outcome::done;
+        });
+    };
     split(
-        at, length, [&](GuestOffset from, std::uint64_t n) { zero_edge(from, n, how, fast); },
+        at, length, [&](GuestOffset from, std::uint64_t n) { in_place([&] { zero_edge(from, n, how, fast); }); },
         [&](GuestOffset from, std::uint64_t n) {
             before_change(from, n);
             if (state_.raw_data)
-                zero_raw(from, n, how, fast);
+                in_place([&] { zero_raw(from, n, how, fast); });
             else if (how == Zero::may_trim)
                 unmap(from, n, Unmap::promise, fast);
             else
-                zero_keeping_space(from, n, fast);
+                in_place([&] { zero_keeping_space(from, n, fast); });
         });
 }
 

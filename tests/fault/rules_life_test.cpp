@@ -51,6 +51,10 @@ class FullHost final : public FaultyFile {
         }
         FaultyFile::write(from, at);
     }
+    bool zero_keeping_space(HostOffset at, std::uint64_t length) override {
+        write(bytes_of(length, 0), at);
+        return true;
+    }
     bool punch(HostOffset at, std::uint64_t length) override {
         for (std::uint64_t b = at.value / block; b < (at.value + length) / block; ++b) {
             room_ += hole(b) ? 0 : 1;
@@ -531,6 +535,30 @@ TEST_CASE(
     image->trim({100 * size}, 40 * size);
     image->write(bytes_of(16 * size, 0x21), {100 * size});
     CHECK(all_are(read_some(*image, 100 * size, 16 * size), 0x21));
+    image->flush();
+    CHECK(judge(disk->bytes()).sound());
+}
+
+TEST_CASE("B4: on a full host what was just trimmed is punched before zeroes that keep their space fail") {
+    constexpr std::uint64_t size = 64 * kib;
+    const std::uint64_t length = GENERATE(8 * kib, 2 * size); // part of a cluster; whole ones
+    ImagePlan plan;
+    plan.cluster_bits = 16;
+    plan.virtual_size = 640 * size;
+    plan.extended = GENERATE(false, true);
+    plan.metadata_at = 2;
+    plan.map(600, 8);
+    const auto disk = std::make_shared<FaultyDisk>(build_image(plan).bytes);
+    auto file = std::make_unique<FullHost>(disk);
+    FullHost &host = *file;
+    const auto image = Image::open(std::move(file), {});
+    image->give_back();
+    for (std::uint64_t at = 0; at < 2 * size; at += 8 * kib) // the clusters keep their places, and have holes there
+        image->trim({at}, 8 * kib);
+    host.fill();
+    image->trim({100 * size}, 40 * size);
+    image->zero({0}, length, Image::Zero::keep_space, false);
+    CHECK(all_are(read_some(*image, 0, length), 0));
     image->flush();
     CHECK(judge(disk->bytes()).sound());
 }
