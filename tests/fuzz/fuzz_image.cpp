@@ -48,7 +48,7 @@ int LLVMFuzzerTestOneInput(const std::uint8_t *data, std::size_t size) {
     const std::uint64_t changes = in.below(most_changes + 1);
     for (std::uint64_t i = 0; i < changes; ++i)
         change(*disk, from, in);
-    if (changes != 0 && names_other_file(*disk))
+    if (changes != 0 && names_other_file(*disk, from))
         return 0;
     const MemoryBound bound(bound_for_image(disk->length, MemoryDisk::most_bytes));
     ImageUser user(disk, from, changes == 0 ? ImageUser::Trust::all : ImageUser::Trust::none);

@@ -9,9 +9,14 @@
 #include "lib/header.h"
 #include "lib/snapshot_table.h"
 #include "tests/fault/image_judge.h"
+#include "tests/fuzz/input.h"
 #include "tests/fuzz/memory_file.h"
 
+#include <cstring>
+#include <fmt/format.h>
 #include <random>
+#include <sys/mman.h>
+#include <unistd.h>
 
 namespace qlean::fuzz {
 
@@ -96,11 +101,34 @@ Bytes of_width(unsigned refcount_order) {
     return used(disk->bytes, [](Image &i) { write_some(i, 2500); });
 }
 
-/// Turned into one with an external data file, which is not raw.
-ImageCase with_data_file() {
-    ImageCase made{"data file", fault::empty_image(48 * 1024, 512), Bytes(48 * 1024), {}, 0, {}, false};
+/// Turned into one with an external data file.
+ImageCase with_data_file(const char *name, std::uint64_t autoclear) {
+    ImageCase made{name, fault::empty_image(48 * 1024, 512), Bytes(48 * 1024), {}, 0, {}, false};
     store_be<std::uint64_t>(made.bytes, 72, Header::incompatible_data_file);
+    store_be<std::uint64_t>(made.bytes, 88, autoclear);
     return made;
+}
+
+/// The image above a file that has a path and no place: as long as this process, and read-only.
+Bytes above(const Bytes &content, std::string format, Bytes image) {
+    const int fd = ::memfd_create("below", MFD_CLOEXEC);
+    require(fd != -1 && ::write(fd, content.data(), content.size()) == static_cast<ssize_t>(content.size()),
+            "no memory for a backing file");
+    const std::string path = fmt::format("/proc/self/fd/{}", fd);
+    const std::uint64_t length = format.size(), padded = round_up(length, 8), name = 104 + 8 + padded + 8;
+    require(std::all_of(image.begin() + 104, image.begin() + static_cast<std::ptrdiff_t>(name + path.size()),
+                        [](std::byte b) { return b == std::byte{0}; }),
+            "no place for a name");
+    const auto put = [&](const std::string &text, std::uint64_t at) {
+        std::memcpy(image.data() + at, text.data(), text.size());
+    };
+    store_be<std::uint32_t>(image, 104, Header::extension_backing_format);
+    store_be<std::uint32_t>(image, 108, static_cast<std::uint32_t>(length));
+    put(format, 112);
+    put(path, name);
+    store_be<std::uint64_t>(image, 8, name);
+    store_be<std::uint32_t>(image, 16, static_cast<std::uint32_t>(path.size()));
+    return image;
 }
 
 } // namespace
@@ -179,7 +207,13 @@ const std::vector<ImageCase> &image_cases() {
         add("8 bits", of_width(3), false);
         add("32 bits", of_width(5), false);
         add("64 bits", of_width(6), false);
-        made.push_back(with_data_file());
+        made.push_back(with_data_file("data file", 0));
+        made.push_back(with_data_file("data file, raw", Header::autoclear_data_file_raw));
+        // Both end before the disk above them does, one within a cluster.
+        const Bytes below = fault::bytes_of(33 * 512 + 77, 0x5a);
+        add("above raw", above(below, "raw", built(scattered(9, 70), same)), false);
+        add("above raw, subclusters", above(below, "raw", built(subclusters(), same)), false);
+        add("above qcow2", above(built(scattered(9, 40), same), "qcow2", built(compressed(9), same)), false);
         for (ImageCase &c : made) {
             MemoryFile file(std::make_shared<MemoryDisk>(c.bytes));
             c.leaks = check_file(file).leaks;

@@ -84,10 +84,16 @@ inline void change(MemoryDisk &disk, const ImageCase &from, Input &in) {
     set_field(disk, at, width, value);
 }
 
-/// The header names a file of this host, which is nothing to open here: fuzz-decoders reads such names.
-inline bool names_other_file(const MemoryDisk &disk) {
-    const std::span<const std::byte> bytes = disk.bytes;
-    return bytes.size() >= 16 && load_be<std::uint64_t>(bytes, 8) != 0;
+/// The header names a file of this host that is not the one of the sound image: nothing to open here. fuzz-decoders
+/// reads such names.
+inline bool names_other_file(const MemoryDisk &disk, const ImageCase &from) {
+    const std::span<const std::byte> bytes = disk.bytes, sound = from.bytes;
+    const std::uint64_t at = bytes.size() >= 20 ? load_be<std::uint64_t>(bytes, 8) : 0;
+    if (at == 0)
+        return false;
+    const std::uint64_t length = load_be<std::uint32_t>(bytes, 16);
+    return at != load_be<std::uint64_t>(sound, 8) || length != load_be<std::uint32_t>(sound, 16) ||
+           bytes.size() < at + length || !std::ranges::equal(bytes.subspan(at, length), sound.subspan(at, length));
 }
 
 } // namespace qlean::fuzz
