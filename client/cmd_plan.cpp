@@ -78,6 +78,9 @@ void print_json(const Target &target, const std::vector<std::string> &names, boo
 
 ExitCode run_plan(const PlanOptions &options) {
     signals::install();
+    if (!options.export_name.empty()) {
+        require_operation(options.export_name);
+    }
     Target target(options.target, Access::read_only, options.nbdkit);
     const std::vector<std::string> names =
         options.export_name.empty() ? maintenance_exports(target) : std::vector{options.export_name};

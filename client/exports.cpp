@@ -7,17 +7,33 @@
 #include "connection.h"
 #include "failure.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 
 namespace qlean {
 
+namespace {
+
+bool is_operation(const std::string &name) {
+    return !name.empty() && name != "status" && name != "check" && name != "snapshots" &&
+           name.rfind("snapshot/", 0) != 0;
+}
+
+} // namespace
+
+void require_operation(const std::string &name) {
+    if (!is_operation(name)) {
+        throw Failure(fmt::format("export '{}' is no operation, so it has no plan; 'qlean plan TARGET' shows all that "
+                                  "have one",
+                                  name));
+    }
+}
+
 std::vector<std::string> maintenance_exports(const Target &target) {
     std::vector<std::string> names = Connection::list_exports(target);
     const bool has_status = std::find(names.begin(), names.end(), "status") != names.end();
-    std::erase_if(names, [](const std::string &name) {
-        return name.empty() || name == "status" || name == "check" || name == "snapshots" ||
-               name.rfind("snapshot/", 0) == 0;
-    });
+    std::erase_if(names, [](const std::string &name) { return !is_operation(name); });
     if (names.empty() && has_status) {
         throw Failure("this server does not let you maintain the disk: its 'maintenance' parameter says who may");
     }

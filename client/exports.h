@@ -13,5 +13,7 @@ class Target;
 
 // From the server's list; servers that hide their list are assumed to have what the plugin always offers.
 std::vector<std::string> maintenance_exports(const Target &target);
+// Throws Failure for the name of a disk or a page.
+void require_operation(const std::string &name);
 
 } // namespace qlean

@@ -24,7 +24,10 @@ done
 [ "${#missing[@]}" -gt 0 ] || exit 0
 
 as_root=(env)
-[ "$(id -u)" = 0 ] || as_root=(sudo)
+if [ "$(id -u)" != 0 ]; then
+    command -v sudo >/dev/null || { echo "These packages are missing, and installing them takes root or sudo: ${missing[*]}" >&2; exit 1; }
+    as_root=(sudo)
+fi
 echo "installing: ${missing[*]}"
 "${as_root[@]}" apt-get -qq update
 "${as_root[@]}" DEBIAN_FRONTEND=noninteractive apt-get -qq -y install --no-install-recommends "${missing[@]}" >/dev/null

@@ -14,6 +14,8 @@ examples/install-deps.sh build try
 ninja -C build -j "$(nproc)" plugin/nbdkit-qcow2-plugin.so filter/nbdkit-reclaim-filter.so client/qlean | tail -n 1
 qlean=$PWD/build/client/qlean
 
+# The path of the socket stands in URIs, and has at most 107 characters.
+[[ ${TMPDIR:-/tmp} =~ ^/[A-Za-z0-9/._-]{1,60}$ ]] || export TMPDIR=/tmp
 work=$(mktemp -d "${TMPDIR:-/tmp}/qlean-quickstart.XXXXXX")
 image=$work/disk.qcow2 socket=$work/sock mnt=$work/mnt
 server='' fuse='' loop='' writer=''

@@ -12,14 +12,6 @@ namespace qlean::plugin {
 
 namespace {
 
-/// Four buckets per power of two of nanoseconds.
-std::size_t bucket_of(std::uint64_t ns) {
-    if (ns < 8)
-        return 0;
-    const auto power = static_cast<unsigned>(std::bit_width(ns)) - 1;
-    return std::min<std::size_t>(power * 4 + (ns >> (power - 2) & 3), 127);
-}
-
 double upper_bound_us(std::size_t bucket) {
     const auto power = bucket / 4, quarter = bucket % 4;
     return static_cast<double>(std::uint64_t{1} << power) * (1.0 + static_cast<double>(quarter + 1) / 4) / 1000;
@@ -37,11 +29,19 @@ GuestStats::Totals difference(GuestStats::Totals a, const GuestStats::Totals &b)
 
 } // namespace
 
+std::size_t GuestStats::bucket_of(std::chrono::nanoseconds took) {
+    const auto ns = static_cast<std::uint64_t>(took.count());
+    if (ns < 8)
+        return 0;
+    const auto power = static_cast<unsigned>(std::bit_width(ns)) - 1;
+    return std::min<std::size_t>(power * 4 + (ns >> (power - 2) & 3), buckets - 1);
+}
+
 void GuestStats::add(Kind kind, std::uint64_t bytes, std::chrono::nanoseconds took) {
     Shard &shard = shards_[thread_number() % shard_count];
     shard.requests[kind].fetch_add(1, std::memory_order_relaxed);
     shard.bytes[kind].fetch_add(bytes, std::memory_order_relaxed);
-    shard.by_duration[bucket_of(static_cast<std::uint64_t>(took.count()))].fetch_add(1, std::memory_order_relaxed);
+    shard.by_duration[bucket_of(took)].fetch_add(1, std::memory_order_relaxed);
 }
 
 GuestStats::Totals GuestStats::totals() const {

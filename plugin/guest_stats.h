@@ -17,11 +17,12 @@ namespace qlean::plugin {
 class GuestStats {
   public:
     enum Kind { read, write, trim, zero, flush, kinds };
+    /// Of durations, four for each power of two of nanoseconds: up to 18 minutes.
+    static constexpr std::size_t buckets = 160;
 
     struct Totals {
         std::array<std::uint64_t, kinds> requests{}, bytes{};
-        /// Requests by duration: bucket i holds those below bound(i).
-        std::array<std::uint64_t, 128> by_duration{};
+        std::array<std::uint64_t, buckets> by_duration{};
         double quantile_us(double q) const;
         std::uint64_t count() const;
     };
@@ -42,6 +43,8 @@ class GuestStats {
         std::chrono::steady_clock::time_point began_;
     };
 
+    static std::size_t bucket_of(std::chrono::nanoseconds took);
+
     Totals totals() const;
     /// What happened since about a second before, or since the last call if that is longer ago.
     Totals recent();
@@ -52,7 +55,7 @@ class GuestStats {
     static constexpr std::size_t shard_count = 16;
     struct alignas(64) Shard {
         std::array<std::atomic<std::uint64_t>, kinds> requests{}, bytes{};
-        std::array<std::atomic<std::uint64_t>, 128> by_duration{};
+        std::array<std::atomic<std::uint64_t>, buckets> by_duration{};
     };
     std::array<Shard, shard_count> shards_;
 

@@ -20,7 +20,9 @@ PATH=/usr/bin:/usr/sbin:$PATH
 export LC_ALL=C
 
 NAME=$(basename "$0" .sh)
-W=$(mktemp -d "${TMPDIR:-/tmp}/qlean-$NAME.XXXXXX") # short: a Unix socket's path has at most 107 characters
+# The path of a socket stands in URIs, and has at most 107 characters.
+[[ ${TMPDIR:-/tmp} =~ ^/[A-Za-z0-9/._-]{1,60}$ ]] || export TMPDIR=/tmp
+W=$(mktemp -d "${TMPDIR:-/tmp}/qlean-$NAME.XXXXXX")
 SECONDS=0
 
 # --- ending -----------------------------------------------------------------------------------------------------

@@ -67,6 +67,12 @@ class StatusPlan(Case):
         self.assertEqual(events(server.log(), "cache") + events(server.log(), "flush"), [])
         self.assertEqual(events(server.log(), "pread"), [], "a read of a maintenance export forfeits CACHE")
 
+    def test_what_is_no_operation_has_no_plan(self):
+        server = self.server("size=64M")
+        for name in ("status", "check", "snapshots", "snapshot/monday"):
+            result = self.run_qlean("plan", server.socket, name, code=ERROR)
+            self.assert_one_sentence(result.stderr, f"export '{name}' is no operation")
+
     def test_map(self):
         server = self.server("size=64M", "pattern=compact:1M:128K")
         wanted = [{"offset": i * M, "length": 131072} for i in range(64)]
