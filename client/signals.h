@@ -2,8 +2,8 @@
 // Copyright (c) 2026, the qlean authors
 //
 // Turns SIGINT, SIGTERM and SIGHUP into a wish to stop that the main loop notices; the handler itself only sets a flag
-// and writes one byte. The second signal no longer waits for the server: it removes the registered files and dies. So does
-// the first one of a command that has nothing to finish.
+// and writes one byte. The second signal no longer waits for the server: it removes the registered files and dies. So
+// does the first one of a command that has nothing to finish.
 #pragma once
 
 #include <string>

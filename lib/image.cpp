@@ -124,10 +124,6 @@ void Image::give_back() {
     const std::shared_lock guard(open_);
     if (closed_)
         return state_.write_back.require_healthy();
-    commit_and_punch();
-}
-
-void Image::commit_and_punch() {
     state_.write_back.commit(WriteBack::Give::back);
     punch();
 }

@@ -118,7 +118,6 @@ class Image {
     void give_back();
 
   private:
-    void commit_and_punch();
     void punch();
     void report(const std::exception &error) const;
     explicit Image(std::unique_ptr<State> state);

@@ -170,8 +170,7 @@ void Image::resize(std::uint64_t size) {
     try {
         state_.write_back.lead([&] { state_.bitmaps->tables_grown(grown); });
     } catch (const std::exception &error) {
-        if (report_)
-            report_(error); // they stay inconsistent; the disk has its new size
+        report(error); // they stay inconsistent; the disk has its new size
     }
     state_.bitmaps->pause(false);
 }

@@ -60,23 +60,16 @@ void Image::zero(GuestOffset at, std::uint64_t length, Zero how, bool fast) {
     if (length == 0)
         return;
     before_change(at, length);
-    // What stays where it is may want space of the host all the same.
-    const auto in_place = [this](auto &&change) {
-        with_room([&](Allocator::Growth) {
-            change();
-            return Outcome::done;
-        });
-    };
     split(
-        at, length, [&](GuestOffset from, std::uint64_t n) { in_place([&] { zero_edge(from, n, how, fast); }); },
+        at, length, [&](GuestOffset from, std::uint64_t n) { zero_edge(from, n, how, fast); },
         [&](GuestOffset from, std::uint64_t n) {
             before_change(from, n);
             if (state_.raw_data)
-                in_place([&] { zero_raw(from, n, how, fast); });
+                zero_raw(from, n, how, fast);
             else if (how == Zero::may_trim)
                 unmap(from, n, Unmap::promise, fast);
             else
-                in_place([&] { zero_keeping_space(from, n, fast); });
+                zero_keeping_space(from, n, fast);
         });
 }
 
@@ -166,9 +159,11 @@ void Image::zero_keeping_space(GuestOffset at, std::uint64_t length, bool fast) 
     std::vector<Mapping> mappings((g.cluster_of(at + (length - 1)) - first) + 1);
     std::vector<HostRun> runs;
     bool unshared = true;
-    {
+    with_room([&](Allocator::Growth) { // of the host, for what has holes
         const RangeLock::Exclusive guard(state_.ranges, at, length);
         state_.mapper.resolve_to_change(first, mappings);
+        runs.clear();
+        unshared = true;
         for (const Mapping &m : mappings) {
             if (state_.contents.is_zero(first + (&m - mappings.data()), m))
                 continue;
@@ -181,15 +176,19 @@ void Image::zero_keeping_space(GuestOffset at, std::uint64_t length, bool fast) 
         if (unshared)
             for (const HostRun &run : runs)
                 zero_host(g.offset_of(run.first), g.bytes(run.count), Zero::keep_space, fast);
-    }
+        return Outcome::done;
+    });
     if (!unshared)
         unmap(at, length, Unmap::promise, fast);
 }
 
 /// Where the data file is the disk, zeroes are zeroes there too, whatever the entries say.
 void Image::zero_raw(GuestOffset at, std::uint64_t length, Zero how, bool fast) {
-    const RangeLock::Exclusive guard(state_.ranges, at, length);
-    zero_host(HostOffset{at.value}, length, how, fast);
+    with_room([&](Allocator::Growth) {
+        const RangeLock::Exclusive guard(state_.ranges, at, length);
+        zero_host(HostOffset{at.value}, length, how, fast);
+        return Outcome::done;
+    });
 }
 
 void Image::zero_host(HostOffset at, std::uint64_t length, Zero how, bool fast) {
@@ -210,17 +209,20 @@ void Image::zero_edge(GuestOffset at, std::uint64_t length, Zero how, bool fast)
         return zero_raw(at, length, how, fast);
     if (g.has_subclusters())
         return zero_subclusters(at, length, how, fast);
-    {
+    bool zeroed = true;
+    with_room([&](Allocator::Growth) {
         const RangeLock::Exclusive guard(state_.ranges, at, length);
         Mapping m;
         state_.mapper.resolve_to_change(g.cluster_of(at), std::span(&m, 1));
         if (state_.contents.is_zero(g.cluster_of(at), m))
-            return;
-        if (m.writable_in_place()) {
+            return Outcome::done;
+        zeroed = m.writable_in_place();
+        if (zeroed)
             zero_host(g.offset_of(m.host) + g.within(at), length, how, fast);
-            return;
-        }
-    }
+        return Outcome::done;
+    });
+    if (zeroed)
+        return;
     if (fast && length >= g.cluster_size())
         throw Error(Error::Kind::unsupported, EOPNOTSUPP,
                     fmt::format("version 2 of QCOW2, as '{}' is, has no fast way to zero what lies below an image",

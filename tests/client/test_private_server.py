@@ -52,6 +52,14 @@ class PrivateServer(Case):
         wait_for(lambda: events(read_log(log), "cache"), "the first request")
         return process, children_of(process.pid)[0]
 
+    def stand_in(self, command):
+        """A shell script in place of nbdkit; returns its path."""
+        path = self.dir + "/stand-in-nbdkit"
+        with open(path, "w") as f:
+            f.write(f"#!/bin/sh\n{command}\n")
+        os.chmod(path, 0o755)
+        return path
+
     def test_path_through_a_symbolic_link(self):
         # link/../disk.qcow2 lies beside what the link points to, as for every other program.
         os.makedirs(self.dir + "/there/below")
@@ -165,10 +173,7 @@ class PrivateServer(Case):
 
     def test_client_killed_while_the_server_starts(self):
         # nbdkit 1.32 -f asks for its parent's death signal itself; this one does not, and never listens.
-        slow = self.dir + "/slow-nbdkit"
-        with open(slow, "w") as f:
-            f.write("#!/bin/sh\nexec sleep 60\n")
-        os.chmod(slow, 0o755)
+        slow = self.stand_in("exec sleep 60")
         process = subprocess.Popen([self.qlean, "status", "--nbdkit", slow, self.image()], env=self.env)
         server = wait_for(lambda: children_of(process.pid), "the stand-in")[0]
         wait_for(lambda: os.readlink(f"/proc/{server}/exe").endswith("sleep"), "its exec")
@@ -178,10 +183,7 @@ class PrivateServer(Case):
 
     def test_no_connection_that_is_not_used(self):
         # nbdkit 1.32 may crash if it is to end while a connection is beginning.
-        loud = self.dir + "/loud-nbdkit"
-        with open(loud, "w") as f:
-            f.write(f'#!/bin/sh\nexec nbdkit -v "$@" 2>>{self.dir}/said\n')
-        os.chmod(loud, 0o755)
+        loud = self.stand_in(f'exec nbdkit -v "$@" 2>>{self.dir}/said')
         for _ in range(5):
             self.go("status", "--nbdkit", loud, self.image())
         with open(self.dir + "/said") as f:
@@ -192,10 +194,7 @@ class PrivateServer(Case):
         self.assertNotIn("sending newstyle handshake", said)
 
     def test_a_signal_to_what_has_nothing_to_finish_leaves_no_files(self):
-        slow = self.dir + "/slow-nbdkit"
-        with open(slow, "w") as f:
-            f.write("#!/bin/sh\nexec sleep 60\n")
-        os.chmod(slow, 0o755)
+        slow = self.stand_in("exec sleep 60")
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             for arguments in (["status"], ["check"], ["snapshot", "list"]):
                 with self.subTest(signal=number, arguments=arguments):

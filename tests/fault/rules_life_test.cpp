@@ -73,6 +73,27 @@ class FullHost final : public FaultyFile {
     std::set<std::uint64_t> holes_, beyond_; // blocks
 };
 
+/// An image of 640 clusters of 64 KiB, 600 of them in use, on such a host, which is not full yet.
+struct OnFullHost {
+    explicit OnFullHost(bool extended = false) {
+        ImagePlan plan;
+        plan.cluster_bits = 16;
+        plan.virtual_size = 640 * 64 * kib;
+        plan.extended = extended;
+        plan.metadata_at = 2;
+        plan.map(600, 8);
+        disk = std::make_shared<FaultyDisk>(build_image(plan).bytes);
+        auto file = std::make_unique<FullHost>(disk);
+        host = file.get();
+        image = Image::open(std::move(file), {});
+        image->give_back();
+    }
+
+    std::shared_ptr<FaultyDisk> disk;
+    FullHost *host = nullptr;
+    std::unique_ptr<Image> image;
+};
+
 } // namespace
 
 TEST_CASE("A1: trimming or zeroing part of a cluster gives its host bytes back, and no others") {
@@ -518,49 +539,30 @@ TEST_CASE(
 TEST_CASE(
     "B4: on a full host what was just trimmed is punched before a writer is told so, also after a commit for it") {
     constexpr std::uint64_t size = 64 * kib;
-    ImagePlan plan;
-    plan.cluster_bits = 16;
-    plan.virtual_size = 640 * size;
-    plan.metadata_at = 2;
-    plan.map(600, 8);
-    const auto disk = std::make_shared<FaultyDisk>(build_image(plan).bytes);
-    auto file = std::make_unique<FullHost>(disk);
-    FullHost &host = *file;
-    const auto image = Image::open(std::move(file), {});
-    image->give_back();
+    const OnFullHost on;
     // Few free clusters, all holes, low in the file: fewer than the writer wants, so it commits first.
-    image->trim({0}, 8 * size);
-    image->give_back();
-    host.fill();
-    image->trim({100 * size}, 40 * size);
-    image->write(bytes_of(16 * size, 0x21), {100 * size});
-    CHECK(all_are(read_some(*image, 100 * size, 16 * size), 0x21));
-    image->flush();
-    CHECK(judge(disk->bytes()).sound());
+    on.image->trim({0}, 8 * size);
+    on.image->give_back();
+    on.host->fill();
+    on.image->trim({100 * size}, 40 * size);
+    on.image->write(bytes_of(16 * size, 0x21), {100 * size});
+    CHECK(all_are(read_some(*on.image, 100 * size, 16 * size), 0x21));
+    on.image->flush();
+    CHECK(judge(on.disk->bytes()).sound());
 }
 
 TEST_CASE("B4: on a full host what was just trimmed is punched before zeroes that keep their space fail") {
     constexpr std::uint64_t size = 64 * kib;
     const std::uint64_t length = GENERATE(8 * kib, 2 * size); // part of a cluster; whole ones
-    ImagePlan plan;
-    plan.cluster_bits = 16;
-    plan.virtual_size = 640 * size;
-    plan.extended = GENERATE(false, true);
-    plan.metadata_at = 2;
-    plan.map(600, 8);
-    const auto disk = std::make_shared<FaultyDisk>(build_image(plan).bytes);
-    auto file = std::make_unique<FullHost>(disk);
-    FullHost &host = *file;
-    const auto image = Image::open(std::move(file), {});
-    image->give_back();
+    const OnFullHost on(GENERATE(false, true));
     for (std::uint64_t at = 0; at < 2 * size; at += 8 * kib) // the clusters keep their places, and have holes there
-        image->trim({at}, 8 * kib);
-    host.fill();
-    image->trim({100 * size}, 40 * size);
-    image->zero({0}, length, Image::Zero::keep_space, false);
-    CHECK(all_are(read_some(*image, 0, length), 0));
-    image->flush();
-    CHECK(judge(disk->bytes()).sound());
+        on.image->trim({at}, 8 * kib);
+    on.host->fill();
+    on.image->trim({100 * size}, 40 * size);
+    on.image->zero({0}, length, Image::Zero::keep_space, false);
+    CHECK(all_are(read_some(*on.image, 0, length), 0));
+    on.image->flush();
+    CHECK(judge(on.disk->bytes()).sound());
 }
 
 TEST_CASE("A punch that fails when the image is closed costs no bitmap") {

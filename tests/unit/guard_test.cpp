@@ -456,8 +456,9 @@ TEST_CASE("Zeroes in subclusters of a cluster that two entries say they own are 
     built.set_word(other + 8, 0xffff0000);
     built.bytes[built.refcount_at(host, 14) + 1] = std::byte{2};
     std::fill_n(built.bytes.begin() + static_cast<std::ptrdiff_t>(host * size), sub, std::byte{0});
+    // Not by this one: what it has read, it knows to be claimed twice.
+    const Bytes before = read_all(*open_image(std::make_shared<FaultyDisk>(built.bytes), true));
     const auto image = open_image(std::make_shared<FaultyDisk>(built.bytes));
-    const Bytes before = read_all(*image);
     Gauges gauges;
     ZeroScan(*image, gauges).run({0}, 400 * size, never);
     CHECK((read_all(*image) == before));
