@@ -7,6 +7,8 @@
 #include "lib/compression.h"
 #include "tests/fault/scene_moves.h"
 
+#include <optional>
+
 using namespace qlean;
 using namespace qlean::fault;
 
@@ -352,10 +354,10 @@ TEST_CASE("A clean end leaves no leak while extents are being packed for somebod
     for (std::uint64_t i = 0; i < count; ++i)
         plan.compressed[i] = 40000;
     Scene s(build_image(plan).bytes);
-    Compact compact(*s.image, s.ownership, s.gauges, 7);
-    REQUIRE(compact.plan({0}, s.image->size(), 1000).size() > 0);
-    compact.run({0}, 4 * size, never);
-    SECTION("after a commit") { compact.commit(never); }
+    std::optional<Compact> compact(std::in_place, *s.image, s.ownership, s.gauges, 7);
+    REQUIRE(compact->plan({0}, s.image->size(), 1000).size() > 0);
+    compact->run({0}, 4 * size, never);
+    SECTION("after a commit") { compact->commit(never); }
     SECTION("at once") {}
     s.guest->write(5 * size + 77, 3000); // a cluster of its own, durable before the end begins
     s.guest->flush();
@@ -363,5 +365,6 @@ TEST_CASE("A clean end leaves no leak while extents are being packed for somebod
     s.image->close();
     CHECK(judge(s.disk->bytes()).clean());
     CHECK((guest_bytes(s.disk->bytes()) == s.guest->now()));
+    compact.reset(); // its connection, which ends after the image did
     CHECK(s.cut_everywhere(1, 6, ending) == "");
 }
