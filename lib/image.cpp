@@ -31,11 +31,11 @@ Image::~Image() { stop_housekeeping(); }
 
 void Image::read(std::span<std::byte> into, GuestOffset at) {
     const Geometry &g = state_.geometry;
-    std::vector<Mapping> mappings;
     while (!into.empty()) {
         const auto piece = into.first(std::min<std::uint64_t>(into.size(), data_chunk - at.value % data_chunk));
         const GuestCluster first = g.cluster_of(at);
-        mappings.resize((g.cluster_of(at + (piece.size() - 1)) - first) + 1);
+        Mappings held((g.cluster_of(at + (piece.size() - 1)) - first) + 1);
+        const std::span<Mapping> mappings = held.all();
         const RangeLock::Shared guard(state_.ranges, at, piece.size());
         state_.mapper.resolve(first, mappings);
         auto reads =

@@ -32,7 +32,7 @@ void Image::write(std::span<const std::byte> from, GuestOffset at) {
 /// Does `change`, committing to get room where there is none. No lock held.
 void Image::with_room(const std::function<Outcome(Allocator::Growth)> &change) {
     auto growth = Allocator::Growth::after_commit;
-    std::uint64_t covered = state_.allocator.covered_end();
+    std::uint64_t covered = 0;
     bool gave_back = false;
     for (int commits = 0;;) {
         bool full = false;
@@ -73,7 +73,8 @@ bool Image::is_own_data(const Mapping &m, std::uint64_t within, std::uint64_t le
 bool Image::write_in_place(std::span<const std::byte> from, GuestOffset at) {
     const Geometry &g = state_.geometry;
     const GuestCluster first = g.cluster_of(at);
-    std::vector<Mapping> mappings((g.cluster_of(at + (from.size() - 1)) - first) + 1);
+    Mappings held((g.cluster_of(at + (from.size() - 1)) - first) + 1);
+    const std::span<Mapping> mappings = held.all();
     const RangeLock::Shared guard(state_.ranges, at, from.size());
     state_.mapper.resolve_to_change(first, mappings);
     bool possible = true;

@@ -7,7 +7,10 @@
 
 #include "address.h"
 
+#include <array>
 #include <cstdint>
+#include <span>
+#include <vector>
 
 namespace qlean {
 
@@ -54,6 +57,21 @@ struct Mapping {
     bool writable_in_place() const { return kind == Kind::data && copied; }
     bool is_zero() const { return kind == Kind::zero || kind == Kind::zero_allocated; }
     friend bool operator==(const Mapping &, const Mapping &) = default;
+};
+
+/// Those of consecutive clusters, without memory from the heap for few, as a small request has.
+class Mappings {
+  public:
+    explicit Mappings(std::size_t count) : count_(count) {
+        if (count > few_.size())
+            many_.resize(count);
+    }
+    std::span<Mapping> all() { return count_ > few_.size() ? std::span(many_) : std::span(few_).first(count_); }
+
+  private:
+    std::size_t count_;
+    std::array<Mapping, 4> few_;
+    std::vector<Mapping> many_;
 };
 
 /// Where the bytes of a compressed cluster are. They end somewhere in the last of whole 512-byte sectors; each host

@@ -31,7 +31,8 @@ class RangeLock {
     class [[nodiscard]] Exclusive;
 
   private:
-    struct alignas(64) Stripe {
+    /// Not a cache line each: all of them stay in a processor's cache.
+    struct Stripe {
         RwLock lock;
     };
     /// Up to two ascending runs of stripe numbers: [first, end) after [0, wrapped).

@@ -8,7 +8,7 @@
 
 #include "lib/at_work.h"
 #include "lib/rw_lock.h"
-#include "thread_number.h"
+#include "processor.h"
 
 #include <array>
 #include <atomic>
@@ -19,10 +19,10 @@
 namespace qlean::plugin {
 
 class Gate {
-    /// A lock that each reader takes at a door of its own: no memory that all requests write to.
+    /// A lock that readers take at a door of their processor: no memory that all requests write to.
     class Doors {
       public:
-        RwLock &mine() { return doors_[thread_number() % count].lock; }
+        RwLock &mine() { return doors_[processor() % count].lock; }
         void lock() {
             for (Door &door : doors_)
                 door.lock.lock();
@@ -33,7 +33,7 @@ class Gate {
         }
 
       private:
-        static constexpr std::size_t count = 16; // nbdkit's threads for one connection
+        static constexpr std::size_t count = 32;
         struct alignas(64) Door {
             RwLock lock;
         };

@@ -2,7 +2,7 @@
 // Copyright (c) 2026, the qlean authors
 #include "guest_stats.h"
 
-#include "thread_number.h"
+#include "processor.h"
 
 #include <bit>
 #include <functional>
@@ -38,7 +38,7 @@ std::size_t GuestStats::bucket_of(std::chrono::nanoseconds took) {
 }
 
 void GuestStats::add(Kind kind, std::uint64_t bytes, std::chrono::nanoseconds took) {
-    Shard &shard = shards_[thread_number() % shard_count];
+    Shard &shard = shards_[processor() % shard_count];
     shard.requests[kind].fetch_add(1, std::memory_order_relaxed);
     shard.bytes[kind].fetch_add(bytes, std::memory_order_relaxed);
     shard.by_duration[bucket_of(took)].fetch_add(1, std::memory_order_relaxed);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) 2026, the qlean authors
 //
-// How many requests the guest made and how long they took. Counted in shards, so that threads do not share a cache
-// line; read together for the status page.
+// How many requests the guest made and how long they took. Counted in shards, so that processors do not
+// share a cache line; read together for the status page.
 #pragma once
 
 #include "lib/thread_safety.h"
@@ -52,7 +52,7 @@ class GuestStats {
   private:
     void add(Kind kind, std::uint64_t bytes, std::chrono::nanoseconds took);
 
-    static constexpr std::size_t shard_count = 16;
+    static constexpr std::size_t shard_count = 32;
     struct alignas(64) Shard {
         std::array<std::atomic<std::uint64_t>, kinds> requests{}, bytes{};
         std::array<std::atomic<std::uint64_t>, buckets> by_duration{};

@@ -5,7 +5,9 @@
 import json
 import os
 import subprocess
+import tempfile
 import time
+from pathlib import Path
 
 import nbd
 
@@ -37,6 +39,41 @@ def fio(ctx, sock, **options):
     if done.returncode or "{" not in done.stdout:
         raise RuntimeError(f"fio failed: {done.stderr.strip()} {done.stdout.strip()[:400]}")
     return parse_fio(done.stdout)
+
+
+CROWD_MS = 50
+
+
+def crowd(ctx, sock, runtime, **options):
+    """fio with `numjobs`; returns requests a second while all jobs ran, and how many there were in all.
+
+    fio divides by each job's own time. Where the server keeps the machine busy, jobs begin up to two seconds apart, and
+    what ran alone would pass for what ran together.
+    """
+    requests = 0
+    for attempt in range(4):
+        with tempfile.TemporaryDirectory(dir=ctx.dir) as logs:
+            job = fio(ctx, sock, time_based=1, runtime=runtime * 2 ** attempt, write_iops_log=f"{logs}/log",
+                      log_avg_msec=CROWD_MS, log_unix_epoch=1, **options)
+            requests += job["read"]["total_ios"] + job["write"]["total_ios"]
+            together = rate_together([path.read_text() for path in Path(logs).glob("log_iops*")], runtime / 2)
+        if together is not None:
+            return together, requests
+    raise RuntimeError("fio's jobs hardly ever ran all at once")
+
+
+def rate_together(logs, at_least):
+    """Of fio's IOPS logs, one of each job: the sum in the time that all of them cover; None if that is too short."""
+    rows = [[[int(word) for word in line.split(",")[:3]] for line in log.splitlines()] for log in logs]
+    if not all(rows):
+        return None
+    begin = max(job[0][0] for job in rows)
+    end = min(job[-1][0] for job in rows)
+    if end - begin < at_least * 1000:
+        return None
+    # A line is the mean of the time since the one before, of reads (0) or of writes (1).
+    windows = (end - begin) / CROWD_MS
+    return sum(value for job in rows for when, value, _ in job if begin < when <= end) / windows
 
 
 def iops(job):

@@ -293,3 +293,36 @@ TEST_CASE("A refcount block for 2^24 clusters takes no memory for those that the
     image->state().allocator.load_all();
     CHECK(growth.bytes() < std::uint64_t{32} << 20); // was 128 MiB
 }
+
+TEST_CASE("Counts of 2^24 clusters beyond the end, in the region where the file ends, take no memory") {
+    const auto disk = std::make_shared<FaultyDisk>(Bytes{});
+    CreateOptions options;
+    options.cluster_size = 2 * 1024 * 1024;
+    options.refcount_order = 0;
+    options.virtual_size = 64 * 1024 * 1024;
+    {
+        FaultyFile file(disk);
+        create_image(file, options);
+    }
+    Bytes bytes = disk->bytes();
+    const auto block = load_be<std::uint64_t>(bytes, load_be<std::uint64_t>(bytes, 48));
+    const std::uint64_t clusters = divide_up(bytes.size(), options.cluster_size);
+    REQUIRE(clusters <= 8);
+    for (std::uint64_t i = 1; i < options.cluster_size; ++i)
+        bytes[block + i] = std::byte{0x55}; // every other one
+    SECTION("when compaction walks the image") {
+        const auto image = open_image(std::make_shared<FaultyDisk>(bytes));
+        Allocator::Watch watch(image->state().allocator);
+        const Growth growth;
+        const Survey survey = verify_image(image->state(), watch, never);
+        CHECK(growth.bytes() < std::uint64_t{32} << 20);
+        CHECK(survey.leaked.empty());
+        CHECK(survey.pinned.empty());
+    }
+    SECTION("when it is checked") {
+        MemoryFile file(std::make_shared<MemoryDisk>(bytes));
+        const Growth growth;
+        CHECK(check_file(file).corruptions == 0);
+        CHECK(growth.bytes() < std::uint64_t{32} << 20);
+    }
+}
