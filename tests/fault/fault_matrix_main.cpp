@@ -51,12 +51,12 @@ void require(bool condition, const std::string &what) {
 }
 
 /// No corruption, and the snapshots and bitmaps are what they were in the original, or what they had to become.
-void require_sound(const Bytes &image, const Bytes &original, const std::string &when) {
+void require_sound(const Bytes &image, const Run &run, const std::string &when) {
     std::optional<std::string> wrong;
     if (const Verdict verdict = judge(image); !verdict.sound())
         wrong = verdict.text();
-    else if (!(wrong = judge_snapshots(image, original)))
-        wrong = judge_bitmaps(image, original);
+    else if (!(wrong = judge_snapshots(image, run.snapshots)))
+        wrong = judge_bitmaps(image, run.original);
     if (!wrong)
         return;
     std::ofstream("fault-matrix-failed.qcow2", std::ios::binary)
@@ -127,7 +127,7 @@ bool run_with_fault(const Workload &workload, std::uint64_t seed, const Kind &ki
         run.guest->check(0, run.image->size());
         run.guest->flush();
         run.image->close();
-        require_sound(run.disk->bytes(), run.original, "after the end");
+        require_sound(run.disk->bytes(), run, "after the end");
         require(guest_bytes(run.disk->bytes()) == run.guest->now(), "after the end the disk differs");
     }
     run.image.reset();
@@ -143,7 +143,7 @@ bool run_with_fault(const Workload &workload, std::uint64_t seed, const Kind &ki
         cuts.move_to(moment);
         for (const Bytes &image : {cuts.image(random_fates(cuts, random)), cuts.image_of_killed()}) {
             const std::string when = fmt::format("power cut at moment {} of {}", moment, cuts.moments());
-            require_sound(image, run.original, when);
+            require_sound(image, run, when);
             if (const auto lost = run.guest->verdict(guest_bytes(image), moment))
                 throw std::runtime_error(when + ": " + *lost);
         }

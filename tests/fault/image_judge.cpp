@@ -41,8 +41,8 @@ class Judge {
 
     Bytes guest() { return read_header() ? disk_of(l1_at_, virtual_size_) : Bytes{}; }
 
-    std::map<std::string, Bytes> snapshots() {
-        std::map<std::string, Bytes> disks;
+    SnapshotDisks snapshots() {
+        SnapshotDisks disks;
         if (!read_header())
             return disks;
         references_.assign(divide_up(image_.size(), cluster_), 0);
@@ -368,10 +368,10 @@ Verdict judge(std::span<const std::byte> image) { return Judge(image).judge(); }
 
 Bytes guest_bytes(std::span<const std::byte> image) { return Judge(image).guest(); }
 
-std::map<std::string, Bytes> snapshot_disks(std::span<const std::byte> image) { return Judge(image).snapshots(); }
+SnapshotDisks snapshot_disks(std::span<const std::byte> image) { return Judge(image).snapshots(); }
 
-std::optional<std::string> judge_snapshots(std::span<const std::byte> image, std::span<const std::byte> before) {
-    const auto now = snapshot_disks(image), then = snapshot_disks(before);
+std::optional<std::string> judge_snapshots(std::span<const std::byte> image, const SnapshotDisks &then) {
+    const auto now = snapshot_disks(image);
     if (now.size() + 1 < then.size())
         return "more than one snapshot is gone";
     for (const auto &[name, disk] : now)

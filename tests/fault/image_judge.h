@@ -28,10 +28,11 @@ Verdict judge(std::span<const std::byte> image);
 
 /// The guest's disk as the image says it is, read without the engine.
 Bytes guest_bytes(std::span<const std::byte> image);
-/// Nothing, or how the snapshots of `image` differ from those of `before`. One of them may be gone.
-std::optional<std::string> judge_snapshots(std::span<const std::byte> image, std::span<const std::byte> before);
 /// The disk of each snapshot, by name.
-std::map<std::string, Bytes> snapshot_disks(std::span<const std::byte> image);
+using SnapshotDisks = std::map<std::string, Bytes>;
+SnapshotDisks snapshot_disks(std::span<const std::byte> image);
+/// Nothing, or how the snapshots of `image` differ from these. One of them may be gone.
+std::optional<std::string> judge_snapshots(std::span<const std::byte> image, const SnapshotDisks &then);
 
 /// Bitmaps that count, of `image`, which began as `before`: an enabled one that is consistent has a bit for all that
 /// differs (granularity 512, as build_image makes them), a disabled one has every byte it had. Nothing, or what is

@@ -170,7 +170,7 @@ class Campaign {
                 wrong = "what a resize added is not zero";
             if (const auto lost = run.guest->verdict(known, moment); lost && wrong.empty())
                 wrong = *lost;
-            if (const auto snapshots = judge_snapshots(image, run.original); snapshots && wrong.empty())
+            if (const auto snapshots = judge_snapshots(image, run.snapshots); snapshots && wrong.empty())
                 wrong = *snapshots;
             if (const auto bitmaps = judge_bitmaps(image, run.original); bitmaps && wrong.empty())
                 wrong = *bitmaps;

@@ -238,6 +238,7 @@ void Run::attempt(const std::function<void()> &request) {
 Run start(const Workload &workload, std::uint64_t seed) {
     Run run;
     run.original = workload.image(seed);
+    run.snapshots = snapshot_disks(run.original);
     run.disk = std::make_shared<FaultyDisk>(run.original);
     run.disk->allow_share(seed % 2 == 1);
     run.disk->record();

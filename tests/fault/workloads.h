@@ -7,6 +7,7 @@
 #pragma once
 
 #include "lib/error.h"
+#include "tests/fault/image_judge.h"
 #include "tests/fault/recorded_guest.h"
 
 namespace qlean::fault {
@@ -16,7 +17,8 @@ struct Run {
     std::shared_ptr<FaultyDisk> disk;
     std::unique_ptr<Image> image;
     std::unique_ptr<RecordedGuest> guest;
-    Bytes original; ///< the image as it was
+    Bytes original;          ///< the image as it was
+    SnapshotDisks snapshots; ///< its snapshots
     /// Errors are noted instead of thrown, and the run goes on.
     bool tolerant = false;
     std::vector<Error> errors;
