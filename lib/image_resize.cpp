@@ -65,6 +65,8 @@ Opened made_from(State &state, std::uint64_t size) {
 /// The parts of the image again, for a disk of `size` bytes. What was not committed is gone, as after a crash.
 void Image::make_anew(std::uint64_t size) {
     Opened opened = made_from(state_, size);
+    // One beside it first: what cannot be made, of a damaged image or for lack of memory, shows while there is the old.
+    { const State trial(opened); }
     State *const place = owner_.get();
     const auto replace = [&]() noexcept {
         try {

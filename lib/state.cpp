@@ -45,12 +45,41 @@ State::State(Opened o)
             "'{}' is damaged: two of its tables have a cluster in common, and writing one would destroy the "
             "other; open it read-only, or repair it with 'qlean check --repair all'",
             file.name());
-    if (!read_only)
-        claims.taken(snapshots.metadata_runs());
+    if (!read_only) {
+        const auto of_snapshots = snapshots.metadata_runs();
+        require_counted(of_snapshots);
+        claims.taken(of_snapshots);
+    }
     if (bitmaps)
         write_back.keep_up(Header::autoclear_bitmaps);
     if (raw_data)
         write_back.keep_up(Header::autoclear_data_file_raw);
+}
+
+/// Refcount blocks are added where the file has none, which must not be where a table is.
+void State::require_counted(const std::vector<HostRun> &of_snapshots) const {
+    const auto require = [this](HostRun run) {
+        for (std::uint64_t c = run.first.value; c < run.end().value;) {
+            const std::uint64_t region = c / refcounts.region_clusters();
+            if (!refcounts.linked(region))
+                throw_bad_image("'{}' is damaged: one of its tables is at {:#x}, for which there is no refcount block, "
+                                "and would be overwritten; open it read-only, or repair it with 'qlean check --repair "
+                                "all'",
+                                file.name(), geometry.bytes(c));
+            c = (region + 1) * refcounts.region_clusters();
+        }
+    };
+    require({{0}, 1});
+    require(encryption_header);
+    require(l1.run(geometry));
+    for (std::uint64_t i = 0; i < l1.size(); ++i)
+        if (const HostOffset table = l1.table(i); table.value != 0)
+            require({geometry.cluster_of(table), 1});
+    require(refcounts.table_run());
+    for (const auto &[region, block] : refcounts.blocks())
+        require({block, 1});
+    for (const HostRun &run : of_snapshots)
+        require(run);
 }
 
 std::vector<HostRun> State::metadata_runs() const {

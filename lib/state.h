@@ -80,6 +80,9 @@ struct State {
     std::vector<HostRun> metadata_runs() const;
     /// These, and what the bitmaps have.
     std::vector<HostRun> used_runs() const;
+
+  private:
+    void require_counted(const std::vector<HostRun> &of_snapshots) const;
 };
 
 } // namespace qlean

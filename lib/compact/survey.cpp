@@ -5,6 +5,7 @@
 #include "../error.h"
 #include "snapshot_moves.h"
 
+#include <deque>
 #include <optional>
 #include <shared_mutex>
 #include <unordered_map>
@@ -228,8 +229,8 @@ Survey verify_image(State &state, const Allocator::Watch &watch, const StopCheck
                         "'qemu-img check -r all'",
                         name, what);
     };
-    std::vector<Miscount> too_many, too_few;
-    const auto note = [&](std::vector<Miscount> &miscounts, std::uint64_t c, std::uint64_t count,
+    std::deque<Miscount> too_many, too_few; // unlike a vector, these do not take half as much again while they grow
+    const auto note = [&](std::deque<Miscount> &miscounts, std::uint64_t c, std::uint64_t count,
                           std::uint64_t referrers) {
         if (!miscounts.empty() && miscounts.back().continues(c, count, referrers))
             ++miscounts.back().run.count;

@@ -98,6 +98,7 @@ create -o cluster_size="$cluster" "$image" $size
 qemu-img bitmap --add "$image" broken
 rm -f "$W/killed.sock"
 run_pid "$W/qemu-nbd.log" qemu-nbd -f qcow2 -k "$W/killed.sock" "$image"
+eventually 10 test -S "$W/killed.sock" || fail "qemu-nbd does not start" # by then it has opened all of the image
 eventually 10 sh -c "qemu-img info -U '$image' | grep -q in-use" || fail "qemu-nbd does not use the bitmap"
 kill -KILL "$PID"
 { wait "$PID" || true; } 2>/dev/null

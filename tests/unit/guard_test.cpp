@@ -482,3 +482,28 @@ TEST_CASE("Counts of a region far beyond the end of the file are nobody's cluste
     CHECK((read_all(*s.image) == before));
     CHECK(judge(s.disk->bytes()).sound());
 }
+
+TEST_CASE("An image is not opened for writing if one of its tables lies where there is no refcount block") {
+    ImagePlan plan;
+    plan.metadata_at = 300; // in the second region of 256 clusters
+    plan.virtual_size = 64 * 512;
+    plan.map(40, 8);
+    BuiltImage built = build_image(plan);
+    const std::uint64_t table = built.word(48);
+    REQUIRE(built.word(table + 8) != 0);
+    const Bytes before = read_all(*open_image(std::make_shared<FaultyDisk>(built.bytes), true));
+    built.set_word(table + 8, 0);
+    const auto disk = std::make_shared<FaultyDisk>(built.bytes);
+    std::string said;
+    try {
+        // The first commit links blocks where the file has none: over the tables, if it is let.
+        const auto image = open_image(disk);
+        image->write(bytes_of(512, 1), {0});
+        image->close();
+    } catch (const Error &error) {
+        said = error.what();
+    }
+    CHECK(said.find("for which there is no refcount block") != std::string::npos);
+    CHECK((disk->bytes() == built.bytes));
+    CHECK((read_all(*open_image(disk, true)) == before));
+}
