@@ -58,13 +58,12 @@ void WriteBack::link_regions(const std::vector<std::uint64_t> &regions) {
         return;
     }
     write_refcounts_as_leader();
-    const std::vector<std::byte> zeroes(geometry_.cluster_size());
     std::vector<HostCluster> homes;
     for (const auto &extent : blocks.extents())
         for (std::uint64_t i = 0; i < extent.run.count; ++i)
             homes.push_back(extent.run.first + i);
-    for (const HostCluster home : homes)
-        file_.write(zeroes, geometry_.offset_of(home));
+    for (std::size_t i = 0; i < regions.size(); ++i)
+        file_.write(new_block(uncounted_in(regions[i])), geometry_.offset_of(homes[i]));
     sync();
     // The blocks and their own refcounts are durable: now they may be reached.
     blocks.publish();
@@ -78,11 +77,28 @@ void WriteBack::link_regions(const std::vector<std::uint64_t> &regions) {
         refcounts_.set_block(regions[i], geometry_.offset_of(homes[i]));
 }
 
+/// Clusters at the beginning of a region without a block that are in the file. Who knows what is in them: of a damaged
+/// image they may be the guest's. They are counted, so that nobody gets them; what is a leak, a walk finds.
+std::uint64_t WriteBack::uncounted_in(std::uint64_t region) const {
+    const std::uint64_t first = region * refcounts_.region_clusters(), end = allocator_.end();
+    return end <= first ? 0 : std::min(end - first, refcounts_.region_clusters());
+}
+
+/// A refcount block in which the first clusters have a count of one.
+std::vector<std::byte> WriteBack::new_block(std::uint64_t counted) const {
+    std::vector<std::byte> block(geometry_.cluster_size());
+    RefcountView view(block, geometry_.refcount_order());
+    for (std::uint64_t i = 0; i < std::min(counted, refcounts_.region_clusters()); ++i)
+        view.set(i, 1);
+    return block;
+}
+
 /// Nothing covered is free, or the table is full: the new blocks (and a larger table) go to the first region that
-/// has no block, and describe themselves.
+/// has no block, behind what is in the file, and describe themselves.
 void WriteBack::link_beyond(std::uint64_t first_region, std::uint64_t count) {
     const std::uint64_t region_clusters = refcounts_.region_clusters();
-    const std::uint64_t start = first_region * region_clusters;
+    const std::uint64_t uncounted = uncounted_in(first_region);
+    const std::uint64_t start = first_region * region_clusters + uncounted;
     std::uint64_t table_entries = refcounts_.table_entries(), new_table_clusters = 0;
     for (;;) { // a larger area may need another block, which makes the area larger
         if (first_region + count > table_entries) {
@@ -90,7 +106,7 @@ void WriteBack::link_beyond(std::uint64_t first_region, std::uint64_t count) {
             new_table_clusters = geometry_.clusters_for(table_entries * 8);
             table_entries = geometry_.bytes(new_table_clusters) / 8;
         }
-        if (count * region_clusters >= count + new_table_clusters + region_clusters / 2)
+        if (count * region_clusters >= uncounted + count + new_table_clusters + region_clusters / 2)
             break;
         ++count;
     }
@@ -102,13 +118,9 @@ void WriteBack::link_beyond(std::uint64_t first_region, std::uint64_t count) {
     const std::uint64_t area = count + new_table_clusters;
     allocator_.claim_beyond({start}, area);
 
-    std::vector<std::byte> block(geometry_.cluster_size());
     for (std::uint64_t b = 0; b < count; ++b) {
-        std::fill(block.begin(), block.end(), std::byte{0});
-        RefcountView view(block, geometry_.refcount_order());
-        for (std::uint64_t i = 0; i < region_clusters && b * region_clusters + i < area; ++i)
-            view.set(i, 1);
-        file_.write(block, geometry_.offset_of(HostCluster{start + b}));
+        const std::uint64_t counted = uncounted + area - std::min(uncounted + area, b * region_clusters);
+        file_.write(new_block(counted), geometry_.offset_of(HostCluster{start + b}));
     }
     std::vector<std::uint64_t> entries(count);
     for (std::uint64_t b = 0; b < count; ++b)

@@ -507,3 +507,26 @@ TEST_CASE("An image is not opened for writing if one of its tables lies where th
     CHECK((disk->bytes() == built.bytes));
     CHECK((read_all(*open_image(disk, true)) == before));
 }
+
+TEST_CASE("What lies in the file where there is no refcount block is not given away") {
+    constexpr std::uint64_t clusters = 400;
+    ImagePlan plan;
+    plan.metadata_at = 1;
+    plan.virtual_size = (clusters + 300) * 512;
+    plan.map(clusters, GENERATE(20, 40)); // with and without room for new blocks before it
+    BuiltImage built = build_image(plan);
+    const std::uint64_t table = built.word(48);
+    REQUIRE(built.word(table + 8) != 0);
+    built.set_word(table + 8, 0); // of the second 256 clusters
+    const auto disk = std::make_shared<FaultyDisk>(built.bytes);
+    const auto image = open_image(disk);
+    Bytes model = read_all(*image);
+    const Bytes more = bytes_of(250 * 512, 0x77);
+    image->write(more, {clusters * 512});
+    image->flush();
+    std::copy(more.begin(), more.end(), model.begin() + clusters * 512);
+    CHECK((read_all(*image) == model));
+    image->close();
+    CHECK((guest_bytes(disk->bytes()) == model));
+    CHECK(judge(disk->bytes()).sound());
+}
