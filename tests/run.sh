@@ -23,8 +23,8 @@ examples/install-deps.sh </dev/null || broken "The packages could not be install
 ninja -C build -j "$(nproc)" || broken "The build failed."
 
 "${as_root[@]}" rm -f "$log"
-# More at a time than processors: many tests wait most of their time.
-"${as_root[@]}" meson test -C build --num-processes $(($(nproc) * 2)) --no-rebuild --no-suite soak --print-errorlogs "$@" </dev/null
+# More at a time than processors: some tests wait most of their time.
+"${as_root[@]}" meson test -C build --num-processes $(($(nproc) * 3 / 2)) --no-rebuild --no-suite soak --print-errorlogs "$@" </dev/null
 [ -s "$log" ] || broken "meson test left no results in $log."
 
 # One JSON object a line; the results are meson's own.

@@ -92,4 +92,4 @@ case $fs in
 ext4) e2fsck -fn "$loop" ;;
 xfs) xfs_repair -n "$loop" ;;
 btrfs) btrfs check "$loop" ;;
-esac >"$W/fsck.log" 2>&1 || fail "the file system is damaged: $(tail -n 5 "$W/fsck.log")"
+esac >"$W/fsck.log" 2>&1 || fail "the file system is damaged: $(head -n 20 "$W/fsck.log")"
