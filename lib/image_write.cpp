@@ -32,7 +32,7 @@ void Image::write(std::span<const std::byte> from, GuestOffset at) {
 /// Does `change`, committing to get room where there is none. No lock held.
 void Image::with_room(const std::function<Outcome(Allocator::Growth)> &change) {
     auto growth = Allocator::Growth::after_commit;
-    std::uint64_t covered = 0;
+    std::uint64_t covered = 0; // asked for where there was no room: each write passes here
     bool gave_back = false;
     for (int commits = 0;;) {
         bool full = false;

@@ -5,12 +5,12 @@
 namespace qlean {
 
 RangeLock::RangeLock(const Geometry &geometry)
-    : unit_bits_(std::max(geometry.cluster_bits(), 16u)), stripes_(std::make_unique<Stripe[]>(stripe_count)) {}
+    : unit_bits_(std::max(geometry.cluster_bits(), 16u)), stripes_(std::make_unique<RwLock[]>(stripe_count)) {}
 
 void RangeLock::drain() {
     for (std::uint64_t i = 0; i < stripe_count; ++i) {
-        stripes_[i].lock.lock();
-        stripes_[i].lock.unlock();
+        stripes_[i].lock();
+        stripes_[i].unlock();
     }
 }
 
@@ -29,7 +29,7 @@ bool RangeLock::try_lock(const Stripes &stripes) {
     std::uint64_t taken = 0;
     bool all = true;
     stripes.each([&](std::uint64_t i) {
-        if (all && stripes_[i].lock.try_lock())
+        if (all && stripes_[i].try_lock())
             ++taken;
         else
             all = false;
@@ -39,7 +39,7 @@ bool RangeLock::try_lock(const Stripes &stripes) {
     std::uint64_t undone = 0;
     stripes.each([&](std::uint64_t i) {
         if (undone < taken) {
-            stripes_[i].lock.unlock();
+            stripes_[i].unlock();
             ++undone;
         }
     });

@@ -31,10 +31,6 @@ class RangeLock {
     class [[nodiscard]] Exclusive;
 
   private:
-    /// Not a cache line each: all of them stay in a processor's cache.
-    struct Stripe {
-        RwLock lock;
-    };
     /// Up to two ascending runs of stripe numbers: [first, end) after [0, wrapped).
     struct Stripes {
         std::uint64_t wrapped = 0, first = 0, end = 0;
@@ -51,16 +47,16 @@ class RangeLock {
     bool try_lock(const Stripes &stripes);
 
     unsigned unit_bits_;
-    std::unique_ptr<Stripe[]> stripes_;
+    std::unique_ptr<RwLock[]> stripes_; // close together: all of them stay in a processor's cache
 };
 
 class RangeLock::Shared {
   public:
     Shared(RangeLock &lock, GuestOffset at, std::uint64_t length) : lock_(lock), held_(lock.stripes(at, length)) {
-        held_.each([&](std::uint64_t i) { lock_.stripes_[i].lock.lock_shared(); });
+        held_.each([&](std::uint64_t i) { lock_.stripes_[i].lock_shared(); });
     }
     ~Shared() {
-        held_.each([&](std::uint64_t i) { lock_.stripes_[i].lock.unlock_shared(); });
+        held_.each([&](std::uint64_t i) { lock_.stripes_[i].unlock_shared(); });
     }
     Shared(const Shared &) = delete;
     Shared &operator=(const Shared &) = delete;
@@ -73,14 +69,14 @@ class RangeLock::Shared {
 class RangeLock::Exclusive {
   public:
     Exclusive(RangeLock &lock, GuestOffset at, std::uint64_t length) : lock_(lock), held_(lock.stripes(at, length)) {
-        held_.each([&](std::uint64_t i) { lock_.stripes_[i].lock.lock(); });
+        held_.each([&](std::uint64_t i) { lock_.stripes_[i].lock(); });
     }
     /// Takes the range only if nobody has to be waited for; owns() says whether it did.
     Exclusive(RangeLock &lock, GuestOffset at, std::uint64_t length, std::try_to_lock_t)
         : lock_(lock), held_(lock.stripes(at, length)), owns_(lock.try_lock(held_)) {}
     ~Exclusive() {
         if (owns_)
-            held_.each([&](std::uint64_t i) { lock_.stripes_[i].lock.unlock(); });
+            held_.each([&](std::uint64_t i) { lock_.stripes_[i].unlock(); });
     }
     Exclusive(const Exclusive &) = delete;
     Exclusive &operator=(const Exclusive &) = delete;

@@ -56,15 +56,14 @@ State::State(Opened o)
         write_back.keep_up(Header::autoclear_data_file_raw);
 }
 
-/// Refcount blocks are added where the file has none, which must not be where a table is.
+/// What is a table's own has a count, which is lowered when the table moves.
 void State::require_counted(const std::vector<HostRun> &of_snapshots) const {
     const auto require = [this](HostRun run) {
         for (std::uint64_t c = run.first.value; c < run.end().value;) {
             const std::uint64_t region = c / refcounts.region_clusters();
             if (!refcounts.linked(region))
-                throw_bad_image("'{}' is damaged: one of its tables is at {:#x}, for which there is no refcount block, "
-                                "and would be overwritten; open it read-only, or repair it with 'qlean check --repair "
-                                "all'",
+                throw_bad_image("'{}' is damaged: one of its tables is at {:#x}, for which there is no refcount block; "
+                                "open it read-only, or repair it with 'qlean check --repair all'",
                                 file.name(), geometry.bytes(c));
             c = (region + 1) * refcounts.region_clusters();
         }

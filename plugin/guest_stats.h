@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) 2026, the qlean authors
 //
-// How many requests the guest made and how long they took. Counted in shards, so that processors do not
-// share a cache line; read together for the status page.
+// How many requests the guest made and how long they took. Counted in shards, so that processors do not share a
+// cache line; read together for the status page.
 #pragma once
 
 #include "lib/thread_safety.h"

@@ -44,27 +44,27 @@ echo 3 >/proc/sys/vm/drop_caches
 (cd /mnt && sha256sum -c -s sums) && tell VERIFIED $(wc -l </mnt/sums) || tell FAIL verify
 END
 start_domain first
-guest_says 180 READY
+guest_says 90 READY
 say "the guest wrote, deleted and trimmed"
 
 before=$(allocated "$image")
 agent_trims() { v_try domfstrim first; }
-eventually 60 agent_trims || fail "virsh domfstrim: $V"
+eventually 30 agent_trims || fail "virsh domfstrim: $V"
 given_back() { [ $((before - $(allocated "$image"))) -ge $((20 * mib)) ]; }
 eventually 15 given_back || fail "domfstrim gave back $((before - $(allocated "$image"))) bytes of 24 MiB deleted"
 say "virsh domfstrim: $before -> $(allocated "$image") bytes allocated"
 
 hashed() { grep -ac '^GUEST HASHED' "$W/serial.txt" || true; }
 in_guest first 'touch /run/go'
-guest_says 60 'HASHED 3'
+guest_says 30 'HASHED 3'
 long=$(length "$image")
 from=$(hashed)
 more() { [ "$(hashed)" -gt "$1" ]; }
 compact_kindly
-eventually 60 more "$from" || fail "the guest does not go on beside compaction"
+eventually 30 more "$from" || fail "the guest does not go on beside compaction"
 for _ in 1 2; do # again and again, while it goes on writing
     at=$(hashed)
-    eventually 60 more $((at + 2)) || fail "the guest does not go on"
+    eventually 30 more $((at + 2)) || fail "the guest does not go on"
     compact_kindly
 done
 guest_said FAIL && fail "$(grep -a '^GUEST FAIL' "$W/serial.txt" | head -n 3)"
@@ -72,7 +72,7 @@ say "compacted three times beside the guest, length $long -> $(length "$image"),
 [ "$(length "$image")" -lt "$long" ] || fail "compaction beside the guest gained nothing"
 
 in_guest first 'touch /run/stop'
-guest_says 120 VERIFIED
+guest_says 60 VERIFIED
 in_guest first 'fstrim /mnt' || fail "fstrim through the agent failed"
 compact_kindly
 v shutdown first --mode agent >/dev/null
@@ -89,7 +89,7 @@ umount /mnt
 poweroff -f
 END
 start_domain second
-guest_says 120 VERIFIED
+guest_says 60 VERIFIED
 end_of_domain second
 stop_server
 judge "$image"

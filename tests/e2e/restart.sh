@@ -100,16 +100,16 @@ run_pid "$W/qemu.log" qemu-system-x86_64 -accel tcg -machine q35 -cpu qemu64,+rd
     -serial "file:$W/serial.txt" -blockdev "$nbd" -device virtio-blk-pci,drive=disk,werror=report,rerror=report
 qemu=$PID
 rounds() { grep -ac '^GUEST ROUND' "$W/serial.txt" || true; }
-guest_says 120 'ROUND 2'
+guest_says 60 'ROUND 2'
 for _ in 1 2 3; do
     before=$(rounds)
     sleep 1.$((RANDOM % 9))
     restart
     more() { [ "$(rounds)" -gt $((before + 2)) ]; }
-    eventually 80 more || fail "the guest makes no progress after a restart"
+    eventually 40 more || fail "the guest makes no progress after a restart"
 done
 guest_said DONE && fail "the guest was done before the last restart: nothing was tested"
-guest_says 180 DONE
+guest_says 90 DONE
 guest_said VERIFIED || fail "the guest did not verify"
 wait $qemu || fail "QEMU ended with an error"
 say "three restarts with SIG$signal under a guest, $(rounds) rounds, $(grep -a LOST-AND "$W/serial.txt" | tr -d '\r')"

@@ -262,3 +262,23 @@ TEST_CASE("B1: no cluster is handed out whose refcount block is not durably link
     }
     CHECK(s.cut_everywhere(3, 1) == "");
 }
+
+TEST_CASE("No cut while blocks are linked for a file that is longer than what is counted does harm") {
+    constexpr std::uint64_t size = 512;
+    ImagePlan plan;
+    plan.metadata_at = 1;
+    plan.virtual_size = 700 * size;
+    plan.map(GENERATE(100, 235), 21); // new blocks go before the end, or behind it
+    BuiltImage built = build_image(plan);
+    REQUIRE(built.bytes.size() <= 256 * size);
+    built.bytes.resize(300 * size); // and 256 have a block
+    Scene s(built.bytes, 64 * 1024, false);
+    s.guest->write(0, 4 * size);
+    s.guest->flush();
+    s.guest->write(300 * size, 300 * size);
+    s.guest->flush();
+    compact_all(*s.image);
+    CHECK((read_all(*s.image) == s.guest->now()));
+    CHECK(judge(s.disk->bytes()).clean());
+    CHECK(s.cut_everywhere(1, 3) == "");
+}

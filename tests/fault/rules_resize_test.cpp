@@ -150,3 +150,21 @@ TEST_CASE("resize: bitmaps whose storing failed half-way are in use again before
     }
     CHECK(struck > 10);
 }
+
+TEST_CASE("resize: what cannot be made anew ends no server") {
+    ImagePlan plan;
+    plan.virtual_size = old_size;
+    plan.map_all(10);
+    const BuiltImage built = build_image(plan);
+    const auto disk = std::make_shared<FaultyDisk>(built.bytes);
+    const auto opened = open_image(disk);
+    const Bytes model = read_all(*opened);
+    const auto l1 = built.word(40), first = built.word(l1);
+    REQUIRE(first != built.word(l1 + 8));
+    const std::uint64_t word = big_endian(first);
+    FaultyFile(disk).write(std::as_bytes(std::span(&word, 1)), HostOffset{l1 + 8}); // two entries, one table
+    CHECK_THROWS_AS(opened->resize(new_size), Error);
+    CHECK(opened->size() == old_size);
+    CHECK((read_all(*opened) == model));
+    CHECK_THROWS_AS(opened->write(bytes_of(512, 1), {0}), Error); // nobody knows where its tables are
+}

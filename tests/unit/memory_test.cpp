@@ -91,6 +91,20 @@ void claim_bitmaps(Bytes &image, std::uint32_t count, std::uint64_t directory_by
     store_be<std::uint64_t>(image, at + 24, directory);
 }
 
+constexpr std::uint64_t largest_cluster = 2 * 1024 * 1024, one_bit_disk = 64 * 1024 * 1024;
+
+/// An empty image whose one refcount block has a bit for each of 2^24 clusters.
+std::shared_ptr<FaultyDisk> one_bit_counts() {
+    const auto disk = std::make_shared<FaultyDisk>(Bytes{});
+    CreateOptions options;
+    options.cluster_size = largest_cluster;
+    options.refcount_order = 0;
+    options.virtual_size = one_bit_disk;
+    FaultyFile file(disk);
+    create_image(file, options);
+    return disk;
+}
+
 } // namespace
 
 TEST_CASE(
@@ -278,37 +292,19 @@ TEST_CASE("Entries that point anywhere beyond the end of the file take no memory
 }
 
 TEST_CASE("A refcount block for 2^24 clusters takes no memory for those that the file does not have") {
-    const auto disk = std::make_shared<FaultyDisk>(Bytes{});
-    CreateOptions options;
-    options.cluster_size = 2 * 1024 * 1024;
-    options.refcount_order = 0;
-    options.virtual_size = 64 * 1024 * 1024;
-    {
-        FaultyFile file(disk);
-        create_image(file, options);
-    }
-    const auto image = open_image(disk);
+    const auto image = open_image(one_bit_counts());
     const Growth growth;
-    image->trim({0}, options.virtual_size);
+    image->trim({0}, one_bit_disk);
     image->state().allocator.load_all();
     CHECK(growth.bytes() < std::uint64_t{32} << 20); // was 128 MiB
 }
 
 TEST_CASE("Counts of 2^24 clusters beyond the end of the file: a walk gives up, a check takes no memory") {
-    const auto disk = std::make_shared<FaultyDisk>(Bytes{});
-    CreateOptions options;
-    options.cluster_size = 2 * 1024 * 1024;
-    options.refcount_order = 0;
-    options.virtual_size = 64 * 1024 * 1024;
-    {
-        FaultyFile file(disk);
-        create_image(file, options);
-    }
-    Bytes bytes = disk->bytes();
+    Bytes bytes = one_bit_counts()->bytes();
     const auto block = load_be<std::uint64_t>(bytes, load_be<std::uint64_t>(bytes, 48));
-    const std::uint64_t clusters = divide_up(bytes.size(), options.cluster_size);
+    const std::uint64_t clusters = divide_up(bytes.size(), largest_cluster);
     REQUIRE(clusters <= 8);
-    for (std::uint64_t i = 1; i < options.cluster_size; ++i)
+    for (std::uint64_t i = 1; i < largest_cluster; ++i)
         bytes[block + i] = std::byte{0x55}; // every other one
     SECTION("when compaction walks the image") {
         const auto image = open_image(std::make_shared<FaultyDisk>(bytes));
