@@ -8,7 +8,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 export LC_ALL=C
-log=build/meson-logs/testlog.json
+shopt -s nullglob
 
 broken() {
     echo "$1" >&2
@@ -22,15 +22,35 @@ examples/install-deps.sh </dev/null || broken "The packages could not be install
 [ -f build/build.ninja ] || meson setup build >/dev/null || broken "meson setup failed; see build/meson-logs/meson-log.txt."
 ninja -C build -j "$(nproc)" || broken "The build failed."
 
-"${as_root[@]}" rm -f "$log"
-# More at a time than processors: some tests wait most of their time.
-"${as_root[@]}" meson test -C build --num-processes $(($(nproc) * 3 / 2)) --no-rebuild --no-suite soak --print-errorlogs "$@" </dev/null
-[ -s "$log" ] || broken "meson test left no results in $log."
+"${as_root[@]}" rm -f build/meson-logs/run-*
+
+# Runs tests of a suite or without some; their results go to build/meson-logs/run-NAME.json.
+run() {
+    local name=$1
+    shift
+    "${as_root[@]}" meson test -C build --logbase "run-$name" --no-rebuild --no-suite soak --print-errorlogs "$@" \
+        </dev/null || [ -s "build/meson-logs/run-$name.json" ] || broken "meson test left no results of $name."
+}
+at_a_time=$(($(nproc) * 3 / 2)) # more than processors: some tests wait most of their time
+if [ $# != 0 ]; then
+    run chosen --num-processes "$at_a_time" "$@"
+else
+    run together --num-processes "$at_a_time" --no-suite alone --no-suite fuzz
+    # What is to be alone measures time, mounts, or starts whole systems. Beside that there is room for what computes.
+    set -m # a process group of its own
+    (run fuzz --num-processes 1 --suite fuzz) >build/run-fuzz.txt 2>&1 &
+    fuzz=$!
+    set +m
+    trap 'kill -- -$fuzz 2>/dev/null' EXIT
+    run alone --suite alone
+    wait $fuzz || broken "$(cat build/run-fuzz.txt)"
+    cat build/run-fuzz.txt
+fi
 
 # One JSON object a line; the results are meson's own.
-/usr/bin/python3 - "$log" "${CI:-}" <<'END'
+/usr/bin/python3 - "${CI:-}" build/meson-logs/run-*.json <<'END'
 import json, sys
-results = [json.loads(line) for line in open(sys.argv[1], encoding="utf-8")]
+results = [json.loads(line) for log in sys.argv[2:] for line in open(log, encoding="utf-8")]
 good = ("OK", "EXPECTEDFAIL")
 skipped = [r["name"] for r in results if r["result"] == "SKIP"]
 failed = [r["name"] for r in results if r["result"] not in good + ("SKIP",)]
@@ -38,7 +58,7 @@ for name in skipped:
     print(f"not run, this machine lacks something: {name}")
 for name in failed:
     print(f"failed: {name}")
-if sys.argv[2]:
+if sys.argv[1]:
     failed += skipped
 passed = sum(r["result"] in good for r in results)
 print(f"{passed} passed, {len(failed)} failed")
