@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <compare>
 #include <cstdint>
+#include <functional>
 #include <utility>
 #include <vector>
 
@@ -43,6 +44,10 @@ struct HostRun {
     HostCluster end() const { return first + count; }
     friend bool operator==(HostRun, HostRun) = default;
 };
+
+using VisitRun = std::function<void(HostRun)>;
+/// Calls a visitor for each of some runs: for lists that an image could make too long for the memory.
+using EachRun = std::function<void(const VisitRun &)>;
 
 /// Part of it lies at or beyond `end`.
 inline bool beyond(HostRun run, HostCluster end) { return run.count > 0 && run.end() > end; }

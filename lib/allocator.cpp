@@ -17,9 +17,8 @@ constexpr std::uint64_t max_retired_bytes = 32 * 1024 * 1024;
 } // namespace
 
 Allocator::Allocator(const Geometry &geometry, File &file, Refcounts &refcounts, const MetadataGuard &guard,
-                     std::uint64_t end, std::function<std::vector<HostRun>()> metadata)
-    : geometry_(geometry), file_(file), refcounts_(refcounts), guard_(guard), metadata_(std::move(metadata)),
-      end_(end) {
+                     std::uint64_t end, EachRun in_use)
+    : geometry_(geometry), file_(file), refcounts_(refcounts), guard_(guard), in_use_(std::move(in_use)), end_(end) {
     resize_maps(end);
 }
 
@@ -352,11 +351,11 @@ void Allocator::load_region(std::uint64_t region) {
     }
     if (known_metadata_.empty()) {
         known_metadata_.resize(1, true); // the header
-        for (const HostRun &run : metadata_()) {
+        in_use_([this](HostRun run) {
             if (known_metadata_.size() < run.end().value)
                 known_metadata_.resize(run.end().value);
             std::fill_n(known_metadata_.begin() + static_cast<std::ptrdiff_t>(run.first.value), run.count, true);
-        }
+        });
     }
     // No cluster of this region has been handed out, and none has had its count lowered, by this process: the file
     // tells the whole truth about it.

@@ -30,10 +30,10 @@ namespace qlean {
 
 class Allocator {
   public:
-    /// `guard`: what it has is never made free. `end`: clusters of the file. `metadata`: gives clusters that are in use
-    /// whatever their refcount says.
+    /// `guard`: what it has is never made free. `end`: clusters of the file. `in_use`: what is in use whatever
+    /// refcounts say.
     Allocator(const Geometry &geometry, File &file, Refcounts &refcounts, const MetadataGuard &guard, std::uint64_t end,
-              std::function<std::vector<HostRun>()> metadata);
+              EachRun in_use);
 
     struct Extent {
         HostRun run;
@@ -219,7 +219,7 @@ class Allocator {
     File &file_;
     Refcounts &refcounts_;
     const MetadataGuard &guard_;
-    std::function<std::vector<HostRun>()> metadata_;
+    EachRun in_use_;
 
     Mutex length_mutex_; // held across every change of the file's length; before mutex_
     Mutex load_mutex_;   // held while a region's free map is read; before mutex_

@@ -36,7 +36,7 @@ struct BitmapsExtension {
 struct BitmapEntry {
     static constexpr std::uint32_t flag_in_use = 1u << 0; ///< what is stored is out of date
     static constexpr std::uint32_t flag_auto = 1u << 1;   ///< enabled: whoever writes to the disk marks it here
-    static constexpr std::size_t fixed_bytes = 24; ///< before its extra data and its name
+    static constexpr std::size_t fixed_bytes = 24;        ///< before its extra data and its name
     static constexpr std::size_t max_name_bytes = 1023;
     static constexpr std::uint64_t max_bitmap_bytes = 512 * 1024 * 1024;
     // Where the fields are that change, within the entry: each lies in one sector, for entries are aligned to 8.

@@ -4,6 +4,7 @@
 
 #include "byte_order.h"
 #include "error.h"
+#include "sparse_bits.h"
 
 namespace qlean {
 
@@ -78,7 +79,7 @@ std::optional<BitmapDirectory> Bitmaps::read(File &file, const Header &header, s
 }
 
 Bitmaps::Bitmaps(BitmapDirectory directory, const Geometry &geometry, File &file, HeaderHome &header,
-                 Refcounts &refcounts, Allocator &allocator, WriteBack &write_back, Claims &claims, Metadata metadata)
+                 Refcounts &refcounts, Allocator &allocator, WriteBack &write_back, Claims &claims, EachRun metadata)
     : geometry_(geometry), file_(file), header_(header), refcounts_(refcounts), allocator_(allocator),
       write_back_(write_back), claims_(claims), metadata_(std::move(metadata)), directory_(directory.at),
       directory_bytes_(directory.bytes), entries_(std::move(directory.entries)) {}
@@ -104,23 +105,21 @@ std::vector<std::uint64_t> Bitmaps::read_table(const BitmapEntry &entry) const {
     return read_words(geometry_, file_, entry, allocator_.end());
 }
 
-std::vector<HostRun> Bitmaps::runs() const {
-    std::vector<HostRun> runs;
+void Bitmaps::each_run(const VisitRun &visit) const {
     if (!count())
-        return runs;
-    runs.push_back(directory_run());
+        return;
+    visit(directory_run());
     for (std::size_t i = 0; i < size(); ++i) {
         const BitmapEntry e = entry(i);
         const auto table = read_table(e);
         if (table.empty())
             continue;
-        append_run(runs, table_run(e));
+        visit(table_run(e));
         for (const std::uint64_t word : table)
             if (const BitmapWord w = BitmapWord::decode(word, geometry_);
                 w.kind == BitmapWord::Kind::stored && w.host.value < allocator_.end())
-                append_run(runs, {w.host, 1});
+                visit({w.host, 1});
     }
-    return runs;
 }
 
 std::optional<std::string> Bitmaps::damage() const {
@@ -216,24 +215,25 @@ std::vector<std::size_t> Bitmaps::tracked_entries() const {
 
 /// Why nothing of the bitmaps may be written in place: a cluster of theirs may hold something else too.
 std::optional<std::string> Bitmaps::unsafe() const {
-    std::vector<HostRun> own = runs();
-    claims_.taken(own);
-    const auto overlap = [](const HostRun &a, const HostRun &b) { return a.first < b.end() && b.first < a.end(); };
-    std::sort(own.begin(), own.end(), [](const HostRun &a, const HostRun &b) { return a.first < b.first; });
-    for (std::size_t i = 1; i < own.size(); ++i)
-        if (overlap(own[i - 1], own[i]))
-            return fmt::format("host cluster {} is used twice", own[i].first.value);
-    for (const HostRun &run : metadata_()) {
-        auto next = std::lower_bound(own.begin(), own.end(), run.first,
-                                     [](const HostRun &a, HostCluster first) { return a.end() <= first; });
-        if (next != own.end() && overlap(*next, run))
-            return fmt::format("host cluster {} is used twice", std::max(run.first, next->first).value);
-    }
-    for (const HostRun &run : own)
-        for (std::uint64_t i = 0; i < run.count; ++i)
-            if (const std::uint64_t n = refcounts_.get(run.first + i); n != 1)
-                return fmt::format("host cluster {} has a refcount of {}", (run.first + i).value, n);
-    return std::nullopt;
+    std::optional<std::string> why;
+    SparseBits own(allocator_.end());
+    each_run([&](HostRun run) {
+        claims_.taken(run);
+        for (HostCluster c = run.first; c < run.end(); ++c) {
+            if (why)
+                return;
+            if (own.set(c.value))
+                why = fmt::format("host cluster {} is used twice", c.value);
+            else if (const std::uint64_t n = refcounts_.get(c); n != 1)
+                why = fmt::format("host cluster {} has a refcount of {}", c.value, n);
+        }
+    });
+    metadata_([&](HostRun run) {
+        for (HostCluster c = run.first; c < run.end() && !why; ++c)
+            if (own.has(c.value))
+                why = fmt::format("host cluster {} is used twice", c.value);
+    });
+    return why;
 }
 
 /// What a program does that knows nothing of bitmaps: from now on they do not count.

@@ -30,14 +30,11 @@ namespace qlean {
 
 class Bitmaps {
   public:
-    /// What else is in use, whatever refcounts say.
-    using Metadata = std::function<std::vector<HostRun>()>;
-
     /// Nothing if the image has no bitmaps that count. Reads and judges directory and tables, as QEMU does; `end`:
     /// clusters of the file.
     static std::optional<BitmapDirectory> read(File &file, const Header &header, std::uint64_t end);
     Bitmaps(BitmapDirectory directory, const Geometry &geometry, File &file, HeaderHome &header, Refcounts &refcounts,
-            Allocator &allocator, WriteBack &write_back, Claims &claims, Metadata metadata);
+            Allocator &allocator, WriteBack &write_back, Claims &claims, EachRun metadata);
 
     /// To be called after WriteBack::before_change() and before anything of the range changes, with no lock held.
     /// The first call makes in_use durable.
@@ -69,7 +66,7 @@ class Bitmaps {
     /// False once the bitmaps were given up: nothing of them counts any more.
     bool count() const { return !given_up_; }
     /// Directory, tables and stored clusters. Skips what is damaged.
-    std::vector<HostRun> runs() const;
+    void each_run(const VisitRun &visit) const;
     /// A sentence about the first table (of a bitmap that is inconsistent anyway) that makes no sense, if there is one.
     std::optional<std::string> damage() const;
 
@@ -124,7 +121,7 @@ class Bitmaps {
     Allocator &allocator_;
     WriteBack &write_back_;
     Claims &claims_;
-    Metadata metadata_;
+    EachRun metadata_;
     std::function<void(const std::exception &)> report_;
 
     Mutex begin_mutex_; // nothing else held; leads within

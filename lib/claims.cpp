@@ -23,13 +23,12 @@ void Claims::found_twice(HostCluster c) {
     guard_.add({c, 1});
 }
 
-void Claims::taken(const std::vector<HostRun> &runs) {
-    for (const HostRun &run : runs)
-        for (HostCluster c = run.first; c < run.end(); ++c) {
-            structures_.set(c.value);
-            if (data_.has(c.value))
-                found_twice(c);
-        }
+void Claims::taken(HostRun run) {
+    for (HostCluster c = run.first; c < run.end(); ++c) {
+        structures_.set(c.value);
+        if (data_.has(c.value))
+            found_twice(c);
+    }
 }
 
 void Claims::read(std::uint64_t slice, std::span<const std::uint64_t> words) {

@@ -23,7 +23,7 @@ class Claims {
            MetadataGuard &guard);
 
     /// What the image uses besides its active tables and the guest's data. Any thread.
-    void taken(const std::vector<HostRun> &runs);
+    void taken(HostRun run);
     /// The entries of a slice as read from the file, in host byte order. Only the first time counts. Any thread.
     void read(std::uint64_t slice, std::span<const std::uint64_t> words);
 

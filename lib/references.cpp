@@ -29,8 +29,7 @@ void walk_fixed(State &state, ReferenceVisitor &visitor) {
             if (const auto damage = state.bitmaps->damage())
                 throw_bad_image("'{}' is damaged: {}; repair it with 'qemu-img check -r all'", state.file.name(),
                                 *damage);
-            for (const HostRun &run : state.bitmaps->runs())
-                fixed.push_back({Kind::bitmap, run});
+            state.bitmaps->each_run([&](HostRun run) { visitor.metadata(Kind::bitmap, run); });
         }
     });
     for (const auto &[kind, run] : fixed)

@@ -132,18 +132,16 @@ HostRun Snapshots::table_run() const {
     return {geometry_.cluster_of(home_), geometry_.clusters_for(bytes_)};
 }
 
-std::vector<HostRun> Snapshots::metadata_runs() const {
-    std::vector<HostRun> runs;
+void Snapshots::each_metadata_run(const VisitRun &visit) const {
     if (const HostRun table = table_run(); table.count != 0)
-        runs.push_back(table);
+        visit(table);
     for (const SnapshotPointer &snapshot : list()) {
         if (snapshot->l1_size() != 0)
-            runs.push_back(snapshot->l1_run(geometry_));
+            visit(snapshot->l1_run(geometry_));
         for (std::uint64_t i = 0; i < snapshot->l1_size(); ++i)
             if (const HostOffset table = snapshot->table(i); table.value != 0)
-                runs.push_back({geometry_.cluster_of(table), 1});
+                visit({geometry_.cluster_of(table), 1});
     }
-    return runs;
 }
 
 void Snapshots::read(const Snapshot &snapshot, GuestCluster first, std::span<std::uint64_t> out) {

@@ -86,7 +86,7 @@ class Snapshots {
     HostRun table_run() const;
     /// Everything that the snapshots have beside guest clusters, L2 tables included, each as often as it is referred
     /// to.
-    std::vector<HostRun> metadata_runs() const;
+    void each_metadata_run(const VisitRun &visit) const;
 
     /// The words (host order) of the entries of [first, first + out.size() / entry_words). Takes L1 locks.
     void read(const Snapshot &snapshot, GuestCluster first, std::span<std::uint64_t> out);

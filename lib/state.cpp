@@ -26,14 +26,15 @@ State::State(Opened o)
       l1(std::move(o.l1_words), o.header.l1_offset), snapshots(geometry, file, syncs, l1, std::move(o.snapshots)),
       l2(geometry, file, syncs, l1, o.cache_bytes, read_only ? nullptr : &claims),
       refcounts(geometry, file, std::move(o.refcount_table), o.header.refcount_table_offset),
-      allocator(geometry, file, refcounts, guard, o.end, [this] { return used_runs(); }),
+      allocator(geometry, file, refcounts, guard, o.end, [this](const VisitRun &visit) { each_used_run(visit); }),
       write_back(geometry, read_only, file, syncs, header, l1, l2, snapshots, refcounts, allocator), ranges(geometry),
       compressed(geometry, static_cast<Compression>(o.header.compression_type), file),
       mapper(geometry, o.header.entry_format(), file, l1, l2, snapshots, allocator, compressed, refcounts, guard,
              claims),
       contents(geometry, data, backing.get(), compressed),
       bitmaps(o.bitmaps ? std::make_unique<Bitmaps>(std::move(*o.bitmaps), geometry, file, header, refcounts, allocator,
-                                                    write_back, claims, [this] { return metadata_runs(); })
+                                                    write_back, claims,
+                                                    [this](const VisitRun &visit) { each_metadata_run(visit); })
                         : nullptr),
       cache_bytes(o.cache_bytes), opened_end(o.end) {
     bool apart = guard.add({{0}, 1});
@@ -46,9 +47,8 @@ State::State(Opened o)
             "other; open it read-only, or repair it with 'qlean check --repair all'",
             file.name());
     if (!read_only) {
-        const auto of_snapshots = snapshots.metadata_runs();
-        require_counted(of_snapshots);
-        claims.taken(of_snapshots);
+        each_metadata_run([this](HostRun run) { require_counted(run); });
+        snapshots.each_metadata_run([this](HostRun run) { claims.taken(run); });
     }
     if (bitmaps)
         write_back.keep_up(Header::autoclear_bitmaps);
@@ -57,54 +57,36 @@ State::State(Opened o)
 }
 
 /// What is a table's own has a count, which is lowered when the table moves.
-void State::require_counted(const std::vector<HostRun> &of_snapshots) const {
-    const auto require = [this](HostRun run) {
-        for (std::uint64_t c = run.first.value; c < run.end().value;) {
-            const std::uint64_t region = c / refcounts.region_clusters();
-            if (!refcounts.linked(region))
-                throw_bad_image("'{}' is damaged: one of its tables is at {:#x}, for which there is no refcount block; "
-                                "open it read-only, or repair it with 'qlean check --repair all'",
-                                file.name(), geometry.bytes(c));
-            c = (region + 1) * refcounts.region_clusters();
-        }
-    };
-    require({{0}, 1});
-    require(encryption_header);
-    require(l1.run(geometry));
-    for (std::uint64_t i = 0; i < l1.size(); ++i)
-        if (const HostOffset table = l1.table(i); table.value != 0)
-            require({geometry.cluster_of(table), 1});
-    require(refcounts.table_run());
-    for (const auto &[region, block] : refcounts.blocks())
-        require({block, 1});
-    for (const HostRun &run : of_snapshots)
-        require(run);
-}
-
-std::vector<HostRun> State::metadata_runs() const {
-    std::vector<HostRun> runs{{{0}, 1}};
-    if (l1.size() > 0)
-        runs.push_back(l1.run(geometry));
-    runs.push_back(refcounts.table_run());
-    if (encryption_header.count > 0)
-        runs.push_back(encryption_header);
-    for (const auto &[region, cluster] : refcounts.blocks())
-        runs.push_back({cluster, 1});
-    for (std::uint64_t i = 0; i < l1.size(); ++i)
-        if (const HostOffset table = l1.table(i); table.value != 0)
-            runs.push_back({geometry.cluster_of(table), 1});
-    const auto of_snapshots = snapshots.metadata_runs();
-    runs.insert(runs.end(), of_snapshots.begin(), of_snapshots.end());
-    return runs;
-}
-
-std::vector<HostRun> State::used_runs() const {
-    auto runs = metadata_runs();
-    if (bitmaps) {
-        const auto more = bitmaps->runs();
-        runs.insert(runs.end(), more.begin(), more.end());
+void State::require_counted(HostRun run) const {
+    for (std::uint64_t c = run.first.value; c < run.end().value;) {
+        const std::uint64_t region = c / refcounts.region_clusters();
+        if (!refcounts.linked(region))
+            throw_bad_image("'{}' is damaged: one of its tables is at {:#x}, for which there is no refcount block; "
+                            "open it read-only, or repair it with 'qlean check --repair all'",
+                            file.name(), geometry.bytes(c));
+        c = (region + 1) * refcounts.region_clusters();
     }
-    return runs;
+}
+
+void State::each_metadata_run(const VisitRun &visit) const {
+    visit({{0}, 1});
+    if (l1.size() > 0)
+        visit(l1.run(geometry));
+    visit(refcounts.table_run());
+    if (encryption_header.count > 0)
+        visit(encryption_header);
+    for (const auto &[region, cluster] : refcounts.blocks())
+        visit({cluster, 1});
+    for (std::uint64_t i = 0; i < l1.size(); ++i)
+        if (const HostOffset table = l1.table(i); table.value != 0)
+            visit({geometry.cluster_of(table), 1});
+    snapshots.each_metadata_run(visit);
+}
+
+void State::each_used_run(const VisitRun &visit) const {
+    each_metadata_run(visit);
+    if (bitmaps)
+        bitmaps->each_run(visit);
 }
 
 } // namespace qlean

@@ -77,12 +77,12 @@ struct State {
 
     /// Header, L1, refcount table and blocks, L2 tables, those of snapshots: in use, whatever their refcounts say.
     /// Bitmaps are not among them.
-    std::vector<HostRun> metadata_runs() const;
+    void each_metadata_run(const VisitRun &visit) const;
     /// These, and what the bitmaps have.
-    std::vector<HostRun> used_runs() const;
+    void each_used_run(const VisitRun &visit) const;
 
   private:
-    void require_counted(const std::vector<HostRun> &of_snapshots) const;
+    void require_counted(HostRun run) const;
 };
 
 } // namespace qlean

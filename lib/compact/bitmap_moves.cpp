@@ -76,8 +76,7 @@ std::uint64_t bitmap_clusters_beyond(State &state, HostCluster end) {
     if (!state.bitmaps)
         return n;
     state.write_back.lead([&] {
-        for (const HostRun &run : state.bitmaps->runs())
-            n += clusters_beyond(run, end);
+        state.bitmaps->each_run([&](HostRun run) { n += clusters_beyond(run, end); });
     });
     return n;
 }

@@ -141,6 +141,37 @@ TEST_CASE("L1 tables of snapshots that lie on top of each other are not all read
     require_refused(std::make_shared<MemoryDisk>(bytes), true, "larger than the file");
 }
 
+TEST_CASE("The tables that a snapshot's L1 table names are not listed when the image is opened") {
+    constexpr std::uint64_t size = 64 * 1024, l1_bytes = 32 * 1024 * 1024, first = 16 * size;
+    const auto disk = std::make_shared<FaultyDisk>(Bytes{});
+    {
+        CreateOptions options;
+        options.virtual_size = size;
+        FaultyFile file(disk);
+        create_image(file, options);
+    }
+    Bytes bytes = disk->bytes();
+    SnapshotTable table;
+    table.entries.resize(1);
+    table.entries[0].l1_offset = {first};
+    table.entries[0].l1_size = l1_bytes / 8;
+    table.entries[0].id = table.entries[0].name = "1";
+    const auto encoded = table.encode();
+    const std::uint64_t at = round_up(bytes.size(), size), other = at + size;
+    REQUIRE(other + 2 * size <= first);
+    bytes.resize(first + l1_bytes);
+    std::copy(encoded.begin(), encoded.end(), bytes.begin() + static_cast<std::ptrdiff_t>(at));
+    store_be<std::uint32_t>(bytes, 60, 1);
+    store_be<std::uint64_t>(bytes, 64, at);
+    for (std::uint64_t i = 0; i < l1_bytes; i += 8) // no two neighbours are a run
+        store_be<std::uint64_t>(bytes, first + i, other + i / 8 % 2 * size);
+    const auto memory = std::make_shared<FaultyDisk>(std::move(bytes));
+    const Growth growth;
+    const auto image = open_image(memory);
+    image->state().allocator.load_all();
+    CHECK(growth.bytes() < std::uint64_t{80} << 20);
+}
+
 TEST_CASE("Of a snapshot table with a damaged entry no more is read than up to that entry") {
     ImagePlan plan;
     plan.virtual_size = 64 * 1024;
