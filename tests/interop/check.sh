@@ -41,12 +41,16 @@ online() {
         leak_some "$W/disk.qcow2"
         qemu-img convert -f qcow2 -O raw "$W/disk.qcow2" "$W/model"
         expect_verdict 3 "$W/disk.qcow2"
-        local leaks
+        # What a killed server has left behind the last counted cluster is a leak as soon as there is a refcount block
+        # for it.
+        local leaks most
         leaks=$(number leaks)
+        most=$((leaks + ($(stat -c %s "$W/disk.qcow2") - $(number image_end_offset)) / cluster))
         start_server "$W/disk.qcow2"
         guest_beside --model "$W/model" --connections 2 --largest 262144
         expect_verdict 3 "$SOCK"
-        [ "$(number leaks)" = "$leaks" ] || fail "$(number leaks) leaks instead of $leaks"
+        [ "$(number leaks)" -ge "$leaks" ] && [ "$(number leaks)" -le $most ] || fail "$(number leaks) leaks instead of $leaks to $most"
+        leaks=$(number leaks)
         expect_verdict 0 --repair leaks "$SOCK"
         [ "$(number leaks_fixed)" = "$leaks" ] || fail "$(number leaks_fixed) leaks repaired instead of $leaks"
         expect_verdict 0 "$SOCK"
