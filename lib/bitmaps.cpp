@@ -172,6 +172,10 @@ void Bitmaps::begin() {
 void Bitmaps::begin_as_leader() {
     if (!tracked_.empty()) // storing them failed half-way
         return set_in_use(tracked_entries(), true);
+    if (!claimed_) { // once: a place that they get later may be one that data had before
+        each_run([this](HostRun run) { claims_.taken(run); });
+        claimed_ = true;
+    }
     std::vector<std::size_t> chosen;
     for (std::size_t i = 0; i < size(); ++i)
         if (entry(i).tracked())
@@ -218,7 +222,6 @@ std::optional<std::string> Bitmaps::unsafe() const {
     std::optional<std::string> why;
     SparseBits own(allocator_.end());
     each_run([&](HostRun run) {
-        claims_.taken(run);
         for (HostCluster c = run.first; c < run.end(); ++c) {
             if (why)
                 return;

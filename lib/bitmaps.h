@@ -33,6 +33,7 @@ class Bitmaps {
     /// Nothing if the image has no bitmaps that count. Reads and judges directory and tables, as QEMU does; `end`:
     /// clusters of the file.
     static std::optional<BitmapDirectory> read(File &file, const Header &header, std::uint64_t end);
+    /// `metadata`: what else is in use, whatever refcounts say.
     Bitmaps(BitmapDirectory directory, const Geometry &geometry, File &file, HeaderHome &header, Refcounts &refcounts,
             Allocator &allocator, WriteBack &write_back, Claims &claims, EachRun metadata);
 
@@ -127,6 +128,7 @@ class Bitmaps {
     Mutex begin_mutex_; // nothing else held; leads within
     std::atomic<bool> begun_{false};
     bool paused_ = false;
+    bool claimed_ = false;         // what they have is known to claims_
     std::vector<Tracked> tracked_; // made by begin(), and let go by store(), beside which nothing is marked
     std::atomic<bool> given_up_{false};
 

@@ -36,8 +36,10 @@ void write_bitmaps(BuiltImage &built, const BitmapPlaces &places, Header &header
         store_be<std::uint16_t>(out, at + 18, 1);
         out[at + 24] = std::byte(name);
     };
-    add(places.directory, places.enabled, 2, 'e');
-    add(places.directory + entry, places.disabled, 0, 'd');
+    built.enabled_bitmap = places.directory;
+    built.disabled_bitmap = places.directory + entry;
+    add(built.enabled_bitmap, places.enabled, 2, 'e');
+    add(built.disabled_bitmap, places.disabled, 0, 'd');
     for (std::uint64_t i = 0; i < places.words; ++i) {
         built.set_word(places.disabled + i * 8, places.stored[i]);
         for (std::uint64_t n = 0; n < cluster; ++n)

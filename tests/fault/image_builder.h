@@ -54,6 +54,8 @@ struct BuiltImage {
     std::uint64_t l1 = 0, refcount_table = 0;         ///< host offsets
     std::vector<std::uint64_t> refcount_blocks;
     std::uint64_t entry_size = 8; ///< bytes of an L2 entry
+    /// Host offsets of the bitmaps' directory entries, the first of which is also the directory's.
+    std::uint64_t enabled_bitmap = 0, disabled_bitmap = 0;
 
     std::uint64_t word(std::uint64_t at) const;
     void set_word(std::uint64_t at, std::uint64_t value);
