@@ -15,16 +15,15 @@ constexpr std::uint64_t batch = 8192;
 /// Header, L1 table, refcount structures, bitmaps. Taken between commits, for only their leader moves these.
 void walk_fixed(State &state, ReferenceVisitor &visitor) {
     const Geometry &g = state.geometry;
-    std::vector<std::pair<Kind, HostRun>> fixed;
     state.write_back.lead([&] {
-        fixed.push_back({Kind::header, {{0}, 1}});
+        visitor.metadata(Kind::header, {{0}, 1});
         if (state.l1.size() > 0)
-            fixed.push_back({Kind::l1_table, state.l1.run(g)});
-        fixed.push_back({Kind::refcount_table, state.refcounts.table_run()});
+            visitor.metadata(Kind::l1_table, state.l1.run(g));
+        visitor.metadata(Kind::refcount_table, state.refcounts.table_run());
         if (state.encryption_header.count > 0)
-            fixed.push_back({Kind::encryption_header, state.encryption_header});
+            visitor.metadata(Kind::encryption_header, state.encryption_header);
         for (const auto &[region, cluster] : state.refcounts.blocks())
-            fixed.push_back({Kind::refcount_block, {cluster, 1}});
+            visitor.metadata(Kind::refcount_block, {cluster, 1});
         if (state.bitmaps) {
             if (const auto damage = state.bitmaps->damage())
                 throw_bad_image("'{}' is damaged: {}; repair it with 'qemu-img check -r all'", state.file.name(),
@@ -32,8 +31,6 @@ void walk_fixed(State &state, ReferenceVisitor &visitor) {
             state.bitmaps->each_run([&](HostRun run) { visitor.metadata(Kind::bitmap, run); });
         }
     });
-    for (const auto &[kind, run] : fixed)
-        visitor.metadata(kind, run);
 }
 
 /// What a walk sees of the entry may be older than the end of the file: one that seems damaged is read once more while

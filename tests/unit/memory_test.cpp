@@ -91,18 +91,48 @@ void claim_bitmaps(Bytes &image, std::uint32_t count, std::uint64_t directory_by
     store_be<std::uint64_t>(image, at + 24, directory);
 }
 
+constexpr std::uint64_t named_entry = 32;
+
+/// A directory, at a place that the image has, of `count` bitmaps with one table of so many words.
+void name_table(Bytes &image, std::uint64_t directory, std::uint32_t count, std::uint64_t table, std::uint32_t words,
+                std::uint32_t flags) {
+    for (std::uint32_t i = 0; i < count; ++i) {
+        const std::uint64_t e = directory + i * named_entry;
+        store_be<std::uint64_t>(image, e, table);
+        store_be<std::uint32_t>(image, e + 8, words);
+        store_be<std::uint32_t>(image, e + 12, flags);
+        image[e + 16] = std::byte{1};
+        image[e + 17] = std::byte{9};
+        store_be<std::uint16_t>(image, e + 18, 4);
+        store_be<std::uint32_t>(image, e + 24, i + 0x41414141);
+    }
+    claim_bitmaps(image, count, count * named_entry, directory);
+}
+
 constexpr std::uint64_t largest_cluster = 2 * 1024 * 1024, one_bit_disk = 64 * 1024 * 1024;
+
+std::shared_ptr<FaultyDisk> created(const CreateOptions &options) {
+    const auto disk = std::make_shared<FaultyDisk>(Bytes{});
+    FaultyFile file(disk);
+    create_image(file, options);
+    return disk;
+}
 
 /// An empty image whose one refcount block has a bit for each of 2^24 clusters.
 std::shared_ptr<FaultyDisk> one_bit_counts() {
-    const auto disk = std::make_shared<FaultyDisk>(Bytes{});
     CreateOptions options;
     options.cluster_size = largest_cluster;
     options.refcount_order = 0;
     options.virtual_size = one_bit_disk;
-    FaultyFile file(disk);
-    create_image(file, options);
-    return disk;
+    return created(options);
+}
+
+/// Makes this the image's snapshot table, at a place that the image has.
+void store_snapshots(Bytes &image, const SnapshotTable &table, std::uint64_t at) {
+    const auto encoded = table.encode();
+    std::copy(encoded.begin(), encoded.end(), image.begin() + static_cast<std::ptrdiff_t>(at));
+    store_be<std::uint32_t>(image, 60, static_cast<std::uint32_t>(table.entries.size()));
+    store_be<std::uint64_t>(image, 64, at);
 }
 
 } // namespace
@@ -131,38 +161,27 @@ TEST_CASE("L1 tables of snapshots that lie on top of each other are not all read
         e.id = e.name = std::to_string(i);
         table.entries.push_back(e);
     }
-    const auto encoded = table.encode();
     const std::uint64_t at = round_up(bytes.size(), cluster);
     bytes.resize(first + count * cluster + entries * 8);
-    REQUIRE(at + encoded.size() <= first);
-    std::copy(encoded.begin(), encoded.end(), bytes.begin() + static_cast<std::ptrdiff_t>(at));
-    store_be<std::uint32_t>(bytes, 60, count);
-    store_be<std::uint64_t>(bytes, 64, at);
+    REQUIRE(at + table.encode().size() <= first);
+    store_snapshots(bytes, table, at);
     require_refused(std::make_shared<MemoryDisk>(bytes), true, "larger than the file");
 }
 
 TEST_CASE("The tables that a snapshot's L1 table names are not listed when the image is opened") {
     constexpr std::uint64_t size = 64 * 1024, l1_bytes = 32 * 1024 * 1024, first = 16 * size;
-    const auto disk = std::make_shared<FaultyDisk>(Bytes{});
-    {
-        CreateOptions options;
-        options.virtual_size = size;
-        FaultyFile file(disk);
-        create_image(file, options);
-    }
-    Bytes bytes = disk->bytes();
+    CreateOptions options;
+    options.virtual_size = size;
+    Bytes bytes = created(options)->bytes();
     SnapshotTable table;
     table.entries.resize(1);
     table.entries[0].l1_offset = {first};
     table.entries[0].l1_size = l1_bytes / 8;
     table.entries[0].id = table.entries[0].name = "1";
-    const auto encoded = table.encode();
     const std::uint64_t at = round_up(bytes.size(), size), other = at + size;
     REQUIRE(other + 2 * size <= first);
     bytes.resize(first + l1_bytes);
-    std::copy(encoded.begin(), encoded.end(), bytes.begin() + static_cast<std::ptrdiff_t>(at));
-    store_be<std::uint32_t>(bytes, 60, 1);
-    store_be<std::uint64_t>(bytes, 64, at);
+    store_snapshots(bytes, table, at);
     for (std::uint64_t i = 0; i < l1_bytes; i += 8) // no two neighbours are a run
         store_be<std::uint64_t>(bytes, first + i, other + i / 8 % 2 * size);
     const auto memory = std::make_shared<FaultyDisk>(std::move(bytes));
@@ -170,6 +189,26 @@ TEST_CASE("The tables that a snapshot's L1 table names are not listed when the i
     const auto image = open_image(memory);
     image->state().allocator.load_all();
     CHECK(growth.bytes() < std::uint64_t{80} << 20);
+}
+
+TEST_CASE("What bitmaps have is not listed when space is looked for") {
+    ImagePlan plan;
+    plan.virtual_size = 256 * 1024;
+    plan.bitmaps = true;
+    Bytes bytes = build_image(plan).bytes;
+    // 200 bitmaps have one table, whose entries alternate between two clusters: no two neighbours are a run.
+    constexpr std::uint64_t count = 200, words = 64 * 1024;
+    const std::uint64_t directory = round_up(bytes.size(), cluster);
+    const std::uint64_t table = round_up(directory + count * named_entry, cluster), stored = table + words * 8;
+    bytes.resize(count * words * 8 + stored); // tables together no longer than the file
+    name_table(bytes, directory, count, table, words, BitmapEntry::flag_in_use);
+    for (std::uint64_t i = 0; i < words; ++i)
+        store_be<std::uint64_t>(bytes, table + i * 8, stored + i % 2 * 2 * cluster);
+    const auto image = open_image(std::make_shared<FaultyDisk>(std::move(bytes)));
+    REQUIRE(image->state().bitmaps);
+    const Growth growth;
+    image->state().allocator.load_all();
+    CHECK(growth.bytes() < std::uint64_t{32} << 20);
 }
 
 TEST_CASE("Of a snapshot table with a damaged entry no more is read than up to that entry") {
@@ -223,10 +262,8 @@ TEST_CASE("A snapshot table that is long and right is read to its end") {
     }
     const auto encoded = table.encode();
     const std::uint64_t at = round_up(bytes.size(), cluster);
-    bytes.resize(at);
-    bytes.insert(bytes.end(), encoded.begin(), encoded.end());
-    store_be<std::uint32_t>(bytes, 60, static_cast<std::uint32_t>(table.entries.size()));
-    store_be<std::uint64_t>(bytes, 64, at);
+    bytes.resize(at + encoded.size());
+    store_snapshots(bytes, table, at);
     MemoryFile file(std::make_shared<MemoryDisk>(bytes));
     const auto loaded = Snapshots::load(file, read_header(file).first, bytes.size());
     CHECK(loaded.bytes == encoded.size());
@@ -258,19 +295,10 @@ TEST_CASE("A check reads no bitmap table again and again for a directory that na
     plan.bitmaps = true;
     Bytes bytes = build_image(plan).bytes;
     // The directory names one table, which is as long as the file, 5000 times.
-    const std::uint64_t directory = round_up(bytes.size(), cluster), entry = 32, count = 5000;
-    const std::uint64_t table = directory + count * entry, words = 64 * 1024;
+    const std::uint64_t directory = round_up(bytes.size(), cluster), count = 5000;
+    const std::uint64_t table = directory + count * named_entry, words = 64 * 1024;
     bytes.resize(table + words * 8);
-    for (std::uint64_t i = 0; i < count; ++i) {
-        const std::uint64_t e = directory + i * entry;
-        store_be<std::uint64_t>(bytes, e, table);
-        store_be<std::uint32_t>(bytes, e + 8, words);
-        bytes[e + 16] = std::byte{1};
-        bytes[e + 17] = std::byte{9};
-        store_be<std::uint16_t>(bytes, e + 18, 4);
-        store_be<std::uint32_t>(bytes, e + 24, static_cast<std::uint32_t>(i + 0x41414141));
-    }
-    claim_bitmaps(bytes, count, count * entry, directory);
+    name_table(bytes, directory, count, table, words, 0);
     Reads reads;
     Watched file(std::make_shared<MemoryDisk>(bytes), reads);
     CHECK(check_file(file).check_errors == 1);
