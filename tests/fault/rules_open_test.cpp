@@ -290,6 +290,42 @@ TEST_CASE("C9: autoclear bits are cleared, durably, before anything else of the 
     }
 }
 
+TEST_CASE("C9: whatever the first change is, the enabled bitmap has it") {
+    using How = Image::Zero;
+    const unsigned bits = GENERATE(9, 14); // parts of the larger ones can be punched
+    const std::uint64_t size = std::uint64_t{1} << bits;
+    const std::vector<std::pair<const char *, std::function<void(Image &)>>> changes = {
+        {"write", [=](Image &i) { i.write(bytes_of(10, 1), {5 * size + 7}); }},
+        {"write of what is not mapped", [=](Image &i) { i.write(bytes_of(10, 1), {50 * size}); }},
+        {"trim", [=](Image &i) { i.trim({4 * size}, 20 * size); }},
+        {"trim within a cluster", [=](Image &i) { i.trim({4 * size + 9}, size - 100); }},
+        {"trim across two", [=](Image &i) { i.trim({4 * size + 9}, size); }},
+        {"zero", [=](Image &i) { i.zero({4 * size}, 20 * size, How::may_trim, false); }},
+        {"zero within a cluster", [=](Image &i) { i.zero({4 * size + 9}, size - 100, How::may_trim, false); }},
+        {"zero that keeps space", [=](Image &i) { i.zero({4 * size}, 20 * size, How::keep_space, false); }},
+        {"the same across two", [=](Image &i) { i.zero({4 * size + 9}, size, How::keep_space, false); }},
+        {"fast zero", [=](Image &i) { i.zero({4 * size}, 20 * size, How::may_trim, true); }}};
+    ImagePlan plan;
+    plan.cluster_bits = bits;
+    plan.virtual_size = 64 * size;
+    plan.map(40, 8);
+    plan.metadata_at = 60;
+    plan.bitmaps = true;
+    const Bytes before = build_image(plan).bytes;
+    for (const auto &[name, change] : changes) {
+        INFO(name);
+        const auto disk = std::make_shared<FaultyDisk>(before);
+        auto image = open_image(disk);
+        change(*image);
+        const Bytes now = read_all(*image);
+        image->close();
+        CHECK(judge_bitmaps(disk->bytes(), before).value_or("") == "");
+        CHECK(has_consistent_bitmap(disk->bytes()));
+        CHECK((guest_bytes(disk->bytes()) == now));
+        CHECK(judge(disk->bytes()).clean());
+    }
+}
+
 TEST_CASE("C9: opening and reading changes nothing, autoclear bits included") {
     ImagePlan plan;
     plan.autoclear = 0xc;

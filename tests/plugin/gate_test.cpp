@@ -44,6 +44,8 @@ End end_of(Do &&what, int sent = 0) {
     if (child == 0) {
         const rlimit no_core{0, 0};
         ::setrlimit(RLIMIT_CORE, &no_core);
+        for (const int signal : {SIGSEGV, SIGABRT, SIGTERM})
+            ::signal(signal, SIG_DFL); // Catch's, which nbdkit does not have
         auto *gate = new Gate;
         gate->own_signals([&] { return ::write(left[1], "x", 1) == 1; });
         what(*gate, [&] { [[maybe_unused]] const auto n = ::write(ready[1], "x", 1); });

@@ -200,9 +200,13 @@ TEST_CASE("A killed process leaves what was flushed, at every moment of what com
             cut.data_disk = std::make_shared<FaultyDisk>(replay(*pair.data_disk, data_events));
             cut.open();
             const Bytes now = read_all(*cut.image);
-            for (std::size_t b = 0; b < now.size(); ++b)
-                if (now[b] != model[b] && now[b] != after[b] && now[b] != std::byte{0})
-                    FAIL("byte " << b << " after " << i << " events");
+            std::size_t wrong = 0;
+            for (std::size_t b = 0; b < now.size(); ++b) {
+                const bool trimmed_first = b >= 8192 + 512 && b < 8192 + 1024;
+                wrong += now[b] != model[b] && now[b] != after[b] && !(trimmed_first && now[b] == std::byte{0});
+            }
+            INFO("after " << i << " events");
+            CHECK(wrong == 0);
         }
     }
 }

@@ -211,6 +211,19 @@ TEST_CASE("What bitmaps have is not listed when space is looked for") {
     CHECK(growth.bytes() < std::uint64_t{32} << 20);
 }
 
+TEST_CASE("L2 tables that a commit wrote leave the cache again") {
+    constexpr std::uint64_t cache = 64 * 1024, tables = 2000, per_table = cluster / 8 * cluster;
+    const auto image = open_image(std::make_shared<FaultyDisk>(empty_image(tables * per_table, cluster)), false, cache);
+    for (const std::uint64_t within : {std::uint64_t{0}, cluster}) { // a new table, and one that is there
+        for (std::uint64_t i = 0; i < tables; ++i) {
+            image->write(bytes_of(cluster, 7), {i * per_table + within});
+            if (i % 50 == 49)
+                image->flush();
+        }
+        CHECK(image->state().l2.memory_bytes() <= 2 * cache);
+    }
+}
+
 TEST_CASE("Of a snapshot table with a damaged entry no more is read than up to that entry") {
     ImagePlan plan;
     plan.virtual_size = 64 * 1024;

@@ -170,6 +170,69 @@ TEST_CASE("A cluster is given back when its last subcluster is") {
     CHECK(judge(disk->bytes()).clean());
 }
 
+TEST_CASE("A cluster that a snapshot has too loses one reference, however it is given up") {
+    enum How { write, trim, zero, zero_in_place };
+    struct Change {
+        How how;
+        std::uint64_t within, length;
+    };
+    const std::uint64_t c = GENERATE(5, 10); // the latter is compressed
+    ImagePlan plan;
+    plan.cluster_bits = 14;
+    plan.extended = true;
+    plan.virtual_size = 16 * cluster;
+    plan.map(8, 4);
+    plan.subclusters[6] = 0x00ff; // in part
+    plan.compressed = {{10, 0}, {11, 40}};
+    plan.compressed_at = 20;
+    const Bytes image = with_snapshot(build_image(plan).bytes, "s");
+    const auto snapshots = snapshot_disks(image);
+    const Bytes before = guest_bytes(image);
+    for (const auto &[how, within, length] : std::vector<Change>{{write, 0, cluster},
+                                                                 {write, 3 * sub, sub},
+                                                                 {write, 3 * sub + 9, 40},
+                                                                 {trim, 0, 2 * cluster},
+                                                                 {trim, sub, 4 * sub},
+                                                                 {zero, 0, 2 * cluster},
+                                                                 {zero, sub, 4 * sub + 7},
+                                                                 {zero, sub + 7, 9},
+                                                                 {zero_in_place, 0, 2 * cluster},
+                                                                 {zero_in_place, sub, 4 * sub + 7}}) {
+        INFO("how " << how << " cluster " << c << " at " << within << " length " << length);
+        const auto disk = std::make_shared<FaultyDisk>(image);
+        auto opened = open_image(disk);
+        const GuestOffset at{c * cluster + within};
+        switch (how) {
+        case write:
+            opened->write(bytes_of(length, 9), at);
+            break;
+        case trim:
+            opened->trim(at, length);
+            break;
+        case zero:
+            opened->zero(at, length, Image::Zero::may_trim, false);
+            break;
+        case zero_in_place:
+            opened->zero(at, length, Image::Zero::keep_space, false);
+            break;
+        }
+        const Bytes now = read_all(*opened);
+        opened->close();
+        std::uint64_t wrong = 0;
+        for (std::uint64_t b = 0; b < now.size(); ++b) {
+            const bool changed = b >= at.value && b < at.value + length;
+            const std::byte right = !changed ? before[b] : std::byte(how == write ? 9 : 0);
+            wrong += now[b] != right && !(changed && how == trim && now[b] == before[b]);
+        }
+        CHECK(wrong == 0);
+        CHECK((guest_bytes(disk->bytes()) == now));
+        CHECK((snapshot_disks(disk->bytes()) == snapshots));
+        const Verdict verdict = judge(disk->bytes());
+        INFO(verdict.text());
+        CHECK(verdict.clean());
+    }
+}
+
 TEST_CASE("The two words of an entry are read as one store left them") {
     const auto disk = std::make_shared<FaultyDisk>(empty_image(64 * cluster, cluster, 3, true));
     auto image = open_image(disk);
