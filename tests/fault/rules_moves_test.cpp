@@ -13,6 +13,24 @@
 using namespace qlean;
 using namespace qlean::fault;
 
+namespace {
+
+/// Calls before a move takes its lock.
+class WatchedFile final : public FaultyFile {
+  public:
+    WatchedFile(std::shared_ptr<FaultyDisk> disk, std::function<void()> &call)
+        : FaultyFile(std::move(disk)), call_(call) {}
+    void prepare_to_share(HostOffset, std::uint64_t) override {
+        if (const auto call = std::exchange(call_, nullptr))
+            call();
+    }
+
+  private:
+    std::function<void()> &call_;
+};
+
+} // namespace
+
 TEST_CASE("A4a: a table does not move while a miss reads it") {
     const BuiltImage built = build_image(metadata_last());
     Scene s(built.bytes, 4096);
@@ -253,6 +271,51 @@ TEST_CASE("A7: a place that a failed move has written to is not taken for zeroes
     s.image->flush();
     CHECK(all_are(read_some(*s.image, moved * cluster, cluster), 0));
     CHECK(judge(s.disk->bytes()).sound());
+}
+
+TEST_CASE(
+    "A move looks again when it holds the cluster: what the guest has moved or given up since is not its business") {
+    constexpr std::uint64_t low = 0, moved = 30;
+    const std::string what = GENERATE(as<std::string>{}, "rewritten", "given up", "its place is used again");
+    INFO(what);
+    const auto disk = std::make_shared<FaultyDisk>(build_image(metadata_last()).bytes);
+    std::function<void()> before_lock;
+    const auto image = Image::open(std::make_unique<WatchedFile>(disk, before_lock), {});
+    State &state = image->state();
+    for (std::uint64_t c = 1; c < 4 * 64; c += 3) // with them, nothing is free below what has to move
+        image->write(bytes_of(2 * cluster, 0xff), {c * cluster});
+    image->trim({low * cluster}, cluster);
+    image->give_back();
+    auto room = state.allocator.reserve_below(1, {11});
+    REQUIRE(room.count() == 1);
+    const auto place = [&](std::uint64_t c) {
+        Mapping m;
+        state.mapper.resolve({c}, std::span(&m, 1));
+        return m.host;
+    };
+    const HostCluster source = place(moved);
+    Bytes model = read_all(*image);
+    const auto set = [&](std::uint64_t c, unsigned value) {
+        std::fill_n(model.begin() + static_cast<std::ptrdiff_t>(c * cluster), cluster, std::byte(value));
+        return bytes_of(cluster, value);
+    };
+    before_lock = [&] {
+        image->trim({moved * cluster}, cluster);
+        set(moved, 0);
+        if (what == "rewritten")
+            image->write(set(moved, 9), {moved * cluster});
+        if (what != "its place is used again")
+            return;
+        image->give_back();
+        image->write(set(low, 7), {low * cluster});
+        REQUIRE(place(low) == source);
+    };
+    CHECK_FALSE(relocate_into(state, {moved}, source, room, [] {}));
+    room = {};
+    CHECK((read_all(*image) == model));
+    image->close();
+    CHECK((guest_bytes(disk->bytes()) == model));
+    CHECK(judge(disk->bytes()).clean());
 }
 
 TEST_CASE("A move shares the host's blocks where the host can: nothing is read, nothing written, cold or not") {
