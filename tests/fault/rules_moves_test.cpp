@@ -318,6 +318,40 @@ TEST_CASE(
     CHECK(judge(disk->bytes()).clean());
 }
 
+TEST_CASE("What the guest is writing is not moved meanwhile, whether or not a snapshot has it too") {
+    constexpr std::uint64_t busy = 150; // refcount blocks have taken the lowest places
+    const bool shared = GENERATE(false, true);
+    Bytes before = build_image(metadata_last()).bytes;
+    if (shared)
+        before = with_snapshot(before, "a");
+    Scene s(before);
+    State &state = s.image->state();
+    s.image->write(bytes_of(cluster, 1), {(busy + 1) * cluster}); // the table is the disk's own
+    s.image->flush();
+    Bytes model = read_all(*s.image);
+    auto room = state.allocator.reserve_below(1, {10 + busy});
+    REQUIRE(room.count() == 1);
+    Mapping m;
+    state.mapper.resolve({busy}, std::span(&m, 1));
+    Beside guest;
+    Breakpoint writing(s.disk, Breakpoint::When::before,
+                       [first = std::make_shared<std::atomic<bool>>(true)](const Request &r) {
+                           return r.op == Op::write && first->exchange(false);
+                       });
+    guest.start([&] { s.image->write(bytes_of(100, 9), {busy * cluster + 7}); });
+    REQUIRE(writing.wait());
+    CHECK_FALSE(relocate_into(state, {busy}, m.host, room, [] {}));
+    writing.release();
+    guest.join();
+    std::fill_n(model.begin() + busy * cluster + 7, 100, std::byte{9});
+    room = {};
+    CHECK((read_all(*s.image) == model));
+    s.image->close();
+    CHECK((guest_bytes(s.disk->bytes()) == model));
+    CHECK((snapshot_disks(s.disk->bytes()) == snapshot_disks(before)));
+    CHECK(judge(s.disk->bytes()).clean());
+}
+
 TEST_CASE("A move shares the host's blocks where the host can: nothing is read, nothing written, cold or not") {
     const bool cold = GENERATE(false, true);
     Scene s(build_image(metadata_last()).bytes);
