@@ -38,7 +38,7 @@ else
     run together --num-processes "$at_a_time" --no-suite alone --no-suite fuzz
     # What is to be alone measures time, mounts, or starts whole systems. Beside that there is room for what computes.
     set -m # a process group of its own
-    (run fuzz --num-processes 1 --suite fuzz) >build/run-fuzz.txt 2>&1 &
+    (renice -n 19 -p $BASHPID >/dev/null; run fuzz --num-processes 1 --suite fuzz) >build/run-fuzz.txt 2>&1 &
     fuzz=$!
     set +m
     trap '"${as_root[@]}" kill -- -$fuzz' EXIT
