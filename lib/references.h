@@ -29,7 +29,8 @@ class ReferenceVisitor {
 
     virtual ~ReferenceVisitor() = default;
 
-    /// Host clusters that hold something other than the guest's data.
+    /// Host clusters that hold something other than the guest's data. Of the fixed structures it is called as the
+    /// leader: it commits nothing.
     virtual void metadata(Kind kind, HostRun run) = 0;
     /// An L2 entry of the active image, unallocated ones included; also those beyond the end of the disk.
     virtual void entry(GuestCluster c, const Mapping &mapping) = 0;

@@ -2,6 +2,7 @@
 // Copyright (c) 2026, the qlean authors
 #include "tests/fault/image_builder.h"
 
+#include "lib/bitmap_directory.h"
 #include "lib/byte_order.h"
 #include "lib/create.h"
 #include "lib/error.h"
@@ -26,20 +27,11 @@ struct BitmapPlaces {
 
 void write_bitmaps(BuiltImage &built, const BitmapPlaces &places, Header &header, std::uint64_t cluster) {
     const std::span<std::byte> out = built.bytes;
-    constexpr std::uint64_t entry = 32;
-    const auto add = [&](std::uint64_t at, std::uint64_t table, std::uint32_t flags, char name) {
-        built.set_word(at, table);
-        store_be<std::uint32_t>(out, at + 8, static_cast<std::uint32_t>(places.words));
-        store_be<std::uint32_t>(out, at + 12, flags);
-        out[at + 16] = std::byte{1};
-        out[at + 17] = std::byte{9};
-        store_be<std::uint16_t>(out, at + 18, 1);
-        out[at + 24] = std::byte(name);
-    };
+    const auto words = static_cast<std::uint32_t>(places.words);
     built.enabled_bitmap = places.directory;
-    built.disabled_bitmap = places.directory + entry;
-    add(built.enabled_bitmap, places.enabled, 2, 'e');
-    add(built.disabled_bitmap, places.disabled, 0, 'd');
+    built.disabled_bitmap = places.directory + bitmap_entry_bytes;
+    store_bitmap_entry(out, built.enabled_bitmap, places.enabled, words, BitmapEntry::flag_auto, "e");
+    store_bitmap_entry(out, built.disabled_bitmap, places.disabled, words, 0, "d");
     for (std::uint64_t i = 0; i < places.words; ++i) {
         built.set_word(places.disabled + i * 8, places.stored[i]);
         for (std::uint64_t n = 0; n < cluster; ++n)
@@ -48,7 +40,7 @@ void write_bitmaps(BuiltImage &built, const BitmapPlaces &places, Header &header
     header.autoclear |= Header::autoclear_bitmaps;
     Bytes extension(24);
     store_be<std::uint32_t>(extension, 0, 2);
-    store_be<std::uint64_t>(extension, 8, 2 * entry);
+    store_be<std::uint64_t>(extension, 8, 2 * bitmap_entry_bytes);
     store_be<std::uint64_t>(extension, 16, places.directory);
     header.extensions.push_back({Header::extension_bitmaps, extension});
 }
@@ -105,6 +97,17 @@ std::uint64_t BuiltImage::refcount_at(std::uint64_t cluster, unsigned cluster_bi
 std::uint64_t BuiltImage::l2_entry_at(std::uint64_t guest_cluster, unsigned cluster_bits) const {
     const std::uint64_t per_table = (std::uint64_t{1} << cluster_bits) / entry_size;
     return l2_tables.at(guest_cluster / per_table) + guest_cluster % per_table * entry_size;
+}
+
+void store_bitmap_entry(std::span<std::byte> image, std::uint64_t at, std::uint64_t table, std::uint32_t words,
+                        std::uint32_t flags, std::string_view name) {
+    store_be<std::uint64_t>(image, at, table);
+    store_be<std::uint32_t>(image, at + 8, words);
+    store_be<std::uint32_t>(image, at + 12, flags);
+    image[at + 16] = std::byte{1}; // tracks dirty bits
+    image[at + 17] = std::byte{9}; // granularity
+    store_be<std::uint16_t>(image, at + 18, static_cast<std::uint16_t>(name.size()));
+    std::ranges::copy(std::as_bytes(std::span(name)), image.begin() + static_cast<std::ptrdiff_t>(at + 24));
 }
 
 BuiltImage build_image(const ImagePlan &plan) {

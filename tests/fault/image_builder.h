@@ -9,6 +9,7 @@
 #include "tests/fault/faulty_file.h"
 
 #include <map>
+#include <string_view>
 
 namespace qlean::fault {
 
@@ -64,6 +65,12 @@ struct BuiltImage {
     std::uint64_t l2_entry_at(std::uint64_t guest_cluster, unsigned cluster_bits = 9) const;
 };
 BuiltImage build_image(const ImagePlan &plan);
+
+/// Bytes of a bitmap's directory entry, with a name of up to 8.
+constexpr std::uint64_t bitmap_entry_bytes = 32;
+/// Host offset `at` has the entry of a bitmap of 512 bytes a bit, its table being so many words at `table`.
+void store_bitmap_entry(std::span<std::byte> image, std::uint64_t at, std::uint64_t table, std::uint32_t words,
+                        std::uint32_t flags, std::string_view name);
 
 /// The image with an internal snapshot of its disk, as 'qemu-img snapshot -c' takes one. There must be room in clusters
 /// that have refcount blocks.

@@ -17,11 +17,12 @@ namespace {
 
 constexpr std::uint64_t cluster = 512;
 
-BuiltImage sound_image() {
+BuiltImage sound_image(bool bitmaps = false) {
     ImagePlan plan;
     plan.virtual_size = 200 * cluster;
     plan.map(100, 2);
     plan.metadata_at = 110;
+    plan.bitmaps = bitmaps;
     return build_image(plan);
 }
 
@@ -337,12 +338,7 @@ TEST_CASE("Data that claims a cluster of compressed extents, or a snapshot's tab
 }
 
 TEST_CASE("Data that claims what a bitmap has is copied away from it, whether or not a bitmap is enabled") {
-    ImagePlan plan;
-    plan.virtual_size = 200 * cluster;
-    plan.map(100, 2);
-    plan.metadata_at = 110;
-    plan.bitmaps = true;
-    BuiltImage image = build_image(plan);
+    BuiltImage image = sound_image(true);
     if (GENERATE(false, true)) // inconsistent, as after a kill
         store_be<std::uint32_t>(image.bytes, image.enabled_bitmap + 12,
                                 BitmapEntry::flag_auto | BitmapEntry::flag_in_use);

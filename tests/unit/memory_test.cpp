@@ -91,22 +91,12 @@ void claim_bitmaps(Bytes &image, std::uint32_t count, std::uint64_t directory_by
     store_be<std::uint64_t>(image, at + 24, directory);
 }
 
-constexpr std::uint64_t named_entry = 32;
-
 /// A directory, at a place that the image has, of `count` bitmaps with one table of so many words.
 void name_table(Bytes &image, std::uint64_t directory, std::uint32_t count, std::uint64_t table, std::uint32_t words,
                 std::uint32_t flags) {
-    for (std::uint32_t i = 0; i < count; ++i) {
-        const std::uint64_t e = directory + i * named_entry;
-        store_be<std::uint64_t>(image, e, table);
-        store_be<std::uint32_t>(image, e + 8, words);
-        store_be<std::uint32_t>(image, e + 12, flags);
-        image[e + 16] = std::byte{1};
-        image[e + 17] = std::byte{9};
-        store_be<std::uint16_t>(image, e + 18, 4);
-        store_be<std::uint32_t>(image, e + 24, i + 0x41414141);
-    }
-    claim_bitmaps(image, count, count * named_entry, directory);
+    for (std::uint32_t i = 0; i < count; ++i)
+        store_bitmap_entry(image, directory + i * bitmap_entry_bytes, table, words, flags, std::to_string(i));
+    claim_bitmaps(image, count, count * bitmap_entry_bytes, directory);
 }
 
 constexpr std::uint64_t largest_cluster = 2 * 1024 * 1024, one_bit_disk = 64 * 1024 * 1024;
@@ -199,7 +189,7 @@ TEST_CASE("What bitmaps have is not listed when space is looked for") {
     // 200 bitmaps have one table, whose entries alternate between two clusters: no two neighbours are a run.
     constexpr std::uint64_t count = 200, words = 64 * 1024;
     const std::uint64_t directory = round_up(bytes.size(), cluster);
-    const std::uint64_t table = round_up(directory + count * named_entry, cluster), stored = table + words * 8;
+    const std::uint64_t table = round_up(directory + count * bitmap_entry_bytes, cluster), stored = table + words * 8;
     bytes.resize(count * words * 8 + stored); // tables together no longer than the file
     name_table(bytes, directory, count, table, words, BitmapEntry::flag_in_use);
     for (std::uint64_t i = 0; i < words; ++i)
@@ -309,7 +299,7 @@ TEST_CASE("A check reads no bitmap table again and again for a directory that na
     Bytes bytes = build_image(plan).bytes;
     // The directory names one table, which is as long as the file, 5000 times.
     const std::uint64_t directory = round_up(bytes.size(), cluster), count = 5000;
-    const std::uint64_t table = directory + count * named_entry, words = 64 * 1024;
+    const std::uint64_t table = directory + count * bitmap_entry_bytes, words = 64 * 1024;
     bytes.resize(table + words * 8);
     name_table(bytes, directory, count, table, words, 0);
     Reads reads;
