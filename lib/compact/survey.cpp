@@ -234,7 +234,7 @@ Survey verify_image(State &state, const Allocator::Watch &watch, const StopCheck
                           std::uint64_t referrers) {
         if (!miscounts.empty() && miscounts.back().continues(c, count, referrers))
             ++miscounts.back().run.count;
-        else if (miscounts.size() < most_miscounts)
+        else if (too_many.size() + too_few.size() < most_miscounts)
             miscounts.push_back({{{c}, 1}, count, referrers});
         else
             refuse(fmt::format("more than {} stretches of it have wrong refcounts", most_miscounts));

@@ -366,9 +366,23 @@ TEST_CASE("Counts of 2^24 clusters beyond the end of the file: a walk gives up, 
     const auto block = load_be<std::uint64_t>(bytes, load_be<std::uint64_t>(bytes, 48));
     const std::uint64_t clusters = divide_up(bytes.size(), largest_cluster);
     REQUIRE(clusters <= 8);
-    for (std::uint64_t i = 1; i < largest_cluster; ++i)
-        bytes[block + i] = std::byte{0x55}; // every other one
+    const auto every_other = [&](std::uint64_t stretches) {
+        for (std::uint64_t i = 0; i < stretches; ++i)
+            bytes[block + 1 + i / 4] |= std::byte(1 << i % 4 * 2);
+    };
+    constexpr std::uint64_t limit = std::uint64_t{1} << 22;
+    bool gives_up = true;
     SECTION("when compaction walks the image") {
+        SECTION("of clusters that are not used") { every_other(4 * (largest_cluster - 1)); }
+        SECTION("and of some that are: there is one limit for both") {
+            bytes[block] &= ~std::byte{0b1010};
+            every_other(limit - 1);
+        }
+        SECTION("and no more than the limit") {
+            bytes[block] &= ~std::byte{0b1010};
+            every_other(limit - 2);
+            gives_up = false;
+        }
         const auto image = open_image(std::make_shared<FaultyDisk>(bytes));
         const Allocator::Watch watch(image->state().allocator);
         const Growth growth;
@@ -378,10 +392,12 @@ TEST_CASE("Counts of 2^24 clusters beyond the end of the file: a walk gives up, 
         } catch (const Error &error) {
             said = error.what();
         }
-        CHECK(said.find("more than 4194304 stretches of it have wrong refcounts") != std::string::npos);
+        CHECK(said.find(gives_up ? "more than 4194304 stretches of it have wrong refcounts"
+                                 : "host cluster 1 is in use, but has no refcount") != std::string::npos);
         CHECK(growth.bytes() < std::uint64_t{170} << 20); // each stretch noted, without a limit: 1.6 GiB
     }
     SECTION("when it is checked") {
+        every_other(4 * (largest_cluster - 1));
         MemoryFile file(std::make_shared<MemoryDisk>(bytes));
         const Growth growth;
         CHECK(check_file(file).corruptions == 0);
