@@ -79,11 +79,10 @@ struct Operation::Slot {
 Operation::Operation(const Target &target, Connection &status, Pace &pace, const Speed &speed, Progress &progress,
                      const StopCondition &stop, OperationReport &report)
     : target_(target), status_(status), pace_(pace), speed_(speed), progress_(progress), stop_(stop), report_(report),
-      slots_(std::make_unique<std::array<Slot, 15>>()) {
-    const StatusPage page = StatusPage::read(status_);
-    depth_ = std::min<unsigned>(page.depth(), slots_->size());
-    piece_size_ = piece_size(depth_, speed_, page.cluster_size());
-    if (const auto most = page.most_by_request(); most && report_.name == "compact") {
+      before_(StatusPage::read(status_)), slots_(std::make_unique<std::array<Slot, 15>>()) {
+    depth_ = std::min<unsigned>(before_.depth(), slots_->size());
+    piece_size_ = piece_size(depth_, speed_, before_.cluster_size());
+    if (const auto most = before_.most_by_request(); most && report_.name == "compact") {
         wide_share_ = std::max(*most, mebibyte);
     }
 }
@@ -133,7 +132,7 @@ bool Operation::run() {
         const std::uint64_t waiting = pending.value_or(0);
         if (!was_wide && plan.bytes >= best_bytes && waiting >= best_pending) {
             if (!plan.empty() || waiting != 0) {
-                const std::string error = StatusPage::read(status_).last_error();
+                const std::string error = StatusPage::read(status_).error_since(before_);
                 report_.note = fmt::format(
                     "{}: the last pass gained nothing; {}{} left: {}", report_.name, show_bytes(plan.bytes),
                     waiting == 0 ? "" : fmt::format(" and {} clusters of metadata", waiting),
@@ -361,7 +360,7 @@ void Operation::explain() {
     try {
         const StatusPage page = StatusPage::read(status_);
         owner = page.owner();
-        said = page.last_error();
+        said = page.error_since(before_);
     } catch (const Failure &) {
         // The errno alone has to do.
     }

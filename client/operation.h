@@ -9,6 +9,7 @@
 
 #include "pace.h"
 #include "plan.h"
+#include "status_page.h"
 
 #include <array>
 #include <chrono>
@@ -99,6 +100,7 @@ class Operation {
     Progress &progress_;
     const StopCondition &stop_;
     OperationReport &report_;
+    const StatusPage before_;
     unsigned depth_;
     std::uint64_t piece_size_;
     std::uint64_t wide_share_ = 0; // what one request does of a wide piece; 0: there are none

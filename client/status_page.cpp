@@ -108,6 +108,11 @@ unsigned StatusPage::depth() const {
     return known && (major > 1 || (major == 1 && minor >= 34)) ? pipelined : 1;
 }
 
+std::string StatusPage::error_since(const StatusPage &then) const {
+    const auto errors = number({"errors"});
+    return errors && errors == then.number({"errors"}) ? "" : last_error();
+}
+
 nlohmann::ordered_json to_json(const Measures &measures) {
     nlohmann::ordered_json j;
     const auto put = [&j](const char *name, const auto &value) {

@@ -50,6 +50,8 @@ class StatusPage {
     std::optional<std::uint64_t> most_by_request() const { return number({"compact", "most_by_request"}); }
     std::optional<Owner> owner() const;
     std::string last_error() const { return text({"last_error"}); }
+    // The same, unless the server says that it is from before `then`.
+    std::string error_since(const StatusPage &then) const;
     // Of the guest's requests in the last second or so; nothing if it made none, or the server does not say.
     std::optional<double> guest_p99_us() const;
     bool flag(std::initializer_list<const char *> path) const;

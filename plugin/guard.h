@@ -2,12 +2,13 @@
 // Copyright (c) 2026, the qlean authors
 //
 // The C boundary: no exception crosses it. An error becomes a line in the server's log, an errno for the client, and
-// the `last_error` of the status page.
+// the `last_error` of the status page, which counts them.
 #pragma once
 
 #include "lib/error.h"
 #include "lib/thread_safety.h"
 
+#include <cstdint>
 #include <optional>
 #include <string>
 
@@ -15,18 +16,23 @@ namespace qlean::plugin {
 
 class LastError {
   public:
+    struct Told {
+        std::optional<std::string> last;
+        std::uint64_t count = 0; ///< since the server was started
+    };
+
     void set(std::string text) {
         const Lock guard(mutex_);
-        text_ = std::move(text);
+        told_ = {std::move(text), told_.count + 1};
     }
-    std::optional<std::string> get() const {
+    Told get() const {
         const Lock guard(mutex_);
-        return text_;
+        return told_;
     }
 
   private:
     mutable Mutex mutex_;
-    std::optional<std::string> text_ PROTECTED_BY(mutex_);
+    Told told_ PROTECTED_BY(mutex_);
 };
 
 LastError &last_error();

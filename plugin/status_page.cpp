@@ -141,7 +141,8 @@ std::string make_status_page(Server &server) {
             {"p50", recent.quantile_us(0.5)}, {"p99", recent.quantile_us(0.99)}, {"max", recent.quantile_us(1.0)}};
     page["memory"] = {{"metadata_cache", state.l2.memory_bytes()}, {"metadata_dirty", state.l2.dirty_bytes()}};
     page["poisoned"] = state.write_back.poisoned();
-    const auto error = last_error().get();
+    const auto [error, errors] = last_error().get();
+    page["errors"] = errors;
     page["last_error"] = error ? json(*error) : json(nullptr);
 
     std::string text = page.dump(1, ' ', false, json::error_handler_t::replace);

@@ -15,6 +15,7 @@
 //   most-by-request=N       status tells of it; CACHE on compact does so much of its range, from the end of it
 //   busy=OP                 CACHE fails with EPERM and status names an owner
 //   refuse=TEXT             CACHE fails with EPERM and status.last_error is TEXT
+//   stale-error=TEXT        status.last_error is TEXT, which is all that status.errors counts
 //   error-after=N:ERRNO     the N-th CACHE and all later ones fail with EIO, ENOSPC or ESHUTDOWN
 //   flush-error=1           every FLUSH fails with EIO
 //   die-after=N             the process ends when the N-th CACHE begins
@@ -64,7 +65,7 @@ struct Settings {
     unsigned extents_ms = 0;
     uint64_t pending_step = 16;
     uint64_t most_by_request = 0;
-    std::string busy, refuse, stuck, version = "1.40.0", log;
+    std::string busy, refuse, stale_error, stuck, version = "1.40.0", log;
     uint64_t error_after = 0;
     int error_number = EIO;
     bool flush_error = false;
@@ -156,6 +157,8 @@ int config(const char *raw_key, const char *raw_value) {
         settings.busy = value;
     } else if (key == "refuse") {
         settings.refuse = value;
+    } else if (key == "stale-error") {
+        settings.stale_error = value;
     } else if (key == "error-after") {
         const auto [count, name] = split(value, ':');
         settings.error_after = number(count);
@@ -292,6 +295,10 @@ std::string make_page() {
                  {"poisoned", false},
                  {"a_field_from_the_future", {1, 2, 3}},
                  {"last_error", last_error.empty() ? json() : json(last_error)}};
+    if (!settings.stale_error.empty()) {
+        page["last_error"] = settings.stale_error;
+        page["errors"] = 1;
+    }
     if (settings.most_by_request != 0) {
         page["compact"]["most_by_request"] = settings.most_by_request;
     }

@@ -191,6 +191,17 @@ class Compact(Case):
         self.assertIn("8.0 MiB left", compact["note"])
         self.assertIn("gained nothing", self.run_qlean("compact", server.socket).stdout)
 
+    def test_an_error_from_before_explains_no_pass_without_gain(self):
+        server = self.server("size=64M", "todo=compact:0+8M", "stuck=compact", "stale-error=disk.qcow2: long ago")
+        note = self.run_json("compact", server.socket)["operations"][-1]["note"]
+        self.assertIn("the guest is using it just now", note)
+
+    def test_an_error_from_before_explains_no_failure(self):
+        server = self.server("size=64M", "todo=compact:0+8M", "error-after=1:EIO", "stale-error=disk.qcow2: long ago")
+        failed = self.run_qlean("compact", server.socket, code=ERROR)
+        self.assertIn("Input/output error", failed.stderr)
+        self.assertNotIn("long ago", failed.stderr)
+
     def test_pending_that_does_not_move_is_the_end(self):
         server = self.server("size=64M", "pending=5", "pending-step=0")
         summary = self.run_json("compact", server.socket)
