@@ -146,7 +146,7 @@ void Compact::settle_metadata(const Layout &layout, const StopCheck &stop) {
     // what was cut go then, and may have been the last thing at the end.
     cut(stop);
     state_.write_back.lead([&] {
-        drop_refcount_blocks(state_);
+        drop_refcount_blocks(state_, layout);
         if (state_.allocator.retired_bytes() != 0)
             state_.write_back.commit_as_leader(WriteBack::Give::back);
     });

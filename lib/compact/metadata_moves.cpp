@@ -90,14 +90,20 @@ void drop_empty_table(State &state, std::uint64_t i) {
     state.allocator.retire({{home, 1}});
 }
 
-void drop_refcount_blocks(State &state) {
+void drop_refcount_blocks(State &state, const Layout &layout) {
     std::vector<HostRun> dropped;
     std::vector<std::uint64_t> regions;
-    for (const auto &[region, cluster] : state.refcounts.blocks()) {
+    const auto blocks = state.refcounts.blocks();
+    const auto going = static_cast<std::uint64_t>(
+        std::ranges::count_if(blocks, [&](const auto &block) { return block.first > layout.last_region; }));
+    for (const auto &[region, cluster] : blocks) {
         bool gone = false;
         state.allocator.with_fixed_length([&, region = region](std::uint64_t end) {
-            // One that the file as it is should have would only be linked again by the next commit.
-            const std::uint64_t last = state.write_back.last_region_wanted(end, state.refcounts.table_clusters());
+            // One that the file should have would only be linked again by the next commit. But where nothing else is
+            // left behind E, the file is as long as it is because of those that go.
+            const std::uint64_t without = std::max(layout.end.value, end - std::min(end, going));
+            const std::uint64_t last =
+                state.write_back.last_region_wanted(std::min(end, without), state.refcounts.table_clusters());
             if (end > region * state.refcounts.region_clusters() || region <= last)
                 return;
             // In memory first: from here on the file does not grow into the region.

@@ -36,6 +36,23 @@ TEST_CASE("C1: what has no guest offset moves in the commit; done is an empty pl
     CHECK(s.disk->length() == static_cast<std::uint64_t>(s.gauges.ideal_end.load()));
 }
 
+TEST_CASE("C1: a refcount block that the file would want only because of that block's own cluster goes") {
+    // With the number of clusters the end of the file moves over what one block describes.
+    for (unsigned count = 1; count <= 260; ++count) {
+        INFO(count << " clusters of data");
+        ImagePlan plan;
+        plan.virtual_size = 600 * cluster;
+        for (std::uint64_t i = 0; i < count; ++i)
+            plan.data[2 * i] = 10 + 2 * i;
+        plan.metadata_at = 700;
+        Scene s(build_image(plan).bytes);
+        compact(s);
+        CHECK(s.gauges.pending == 0);
+        CHECK(s.disk->length() == static_cast<std::uint64_t>(s.gauges.ideal_end.load()));
+        CHECK(judge(s.disk->bytes()).clean());
+    }
+}
+
 TEST_CASE("C2: moves only go down, below E and from at or above it, and the passes end") {
     Scene s(build_image(metadata_last()).bytes);
     Compact compact(*s.image, s.ownership, s.gauges, 7);
