@@ -48,6 +48,16 @@ class Growth {
         before_ = highest();
     }
     std::uint64_t bytes() const { return highest() - before_; }
+    /// With a sanitizer nobody can tell: its own memory, a multiple of ours, is among it.
+    bool within(std::uint64_t mebibytes) const {
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+        WARN("not compared with " << mebibytes << " MiB: " << bytes());
+        return true;
+#else
+        UNSCOPED_INFO(bytes() << " bytes");
+        return bytes() < mebibytes << 20;
+#endif
+    }
 
   private:
     static std::uint64_t highest() {
@@ -178,7 +188,7 @@ TEST_CASE("The tables that a snapshot's L1 table names are not listed when the i
     const Growth growth;
     const auto image = open_image(memory);
     image->state().allocator.load_all();
-    CHECK(growth.bytes() < std::uint64_t{80} << 20);
+    CHECK(growth.within(80));
 }
 
 TEST_CASE("What bitmaps have is not listed when space is looked for") {
@@ -198,7 +208,7 @@ TEST_CASE("What bitmaps have is not listed when space is looked for") {
     REQUIRE(image->state().bitmaps);
     const Growth growth;
     image->state().allocator.load_all();
-    CHECK(growth.bytes() < std::uint64_t{32} << 20);
+    CHECK(growth.within(32));
 }
 
 TEST_CASE("L2 tables that a commit wrote leave the cache again") {
@@ -350,7 +360,7 @@ TEST_CASE("Entries that point anywhere beyond the end of the file take no memory
     Bytes sector(512);
     for (std::uint64_t c = 0; c < tables * entries; c += 512)
         CHECK_THROWS_AS(image->read(sector, {c * size}), Error);
-    CHECK(growth.bytes() < std::uint64_t{64} << 20); // was 259 MiB
+    CHECK(growth.within(64)); // was 259 MiB
 }
 
 TEST_CASE("A refcount block for 2^24 clusters takes no memory for those that the file does not have") {
@@ -358,7 +368,7 @@ TEST_CASE("A refcount block for 2^24 clusters takes no memory for those that the
     const Growth growth;
     image->trim({0}, one_bit_disk);
     image->state().allocator.load_all();
-    CHECK(growth.bytes() < std::uint64_t{32} << 20); // was 128 MiB
+    CHECK(growth.within(32)); // was 128 MiB
 }
 
 TEST_CASE("Counts of 2^24 clusters beyond the end of the file: a walk gives up, a check takes no memory") {
@@ -394,13 +404,13 @@ TEST_CASE("Counts of 2^24 clusters beyond the end of the file: a walk gives up, 
         }
         CHECK(said.find(gives_up ? "more than 4194304 stretches of it have wrong refcounts"
                                  : "host cluster 1 is in use, but has no refcount") != std::string::npos);
-        CHECK(growth.bytes() < std::uint64_t{170} << 20); // each stretch noted, without a limit: 1.6 GiB
+        CHECK(growth.within(170)); // each stretch noted, without a limit: 1.6 GiB
     }
     SECTION("when it is checked") {
         every_other(4 * (largest_cluster - 1));
         MemoryFile file(std::make_shared<MemoryDisk>(bytes));
         const Growth growth;
         CHECK(check_file(file).corruptions == 0);
-        CHECK(growth.bytes() < std::uint64_t{32} << 20);
+        CHECK(growth.within(32));
     }
 }
