@@ -53,6 +53,8 @@ class WriteBack {
     void write_refcounts_as_leader();
     /// The last region that should have a refcount block when the file ends at `end`, for a table of `table_clusters`.
     std::uint64_t last_region_wanted(std::uint64_t end, std::uint64_t table_clusters) const;
+    /// The last region without whose block a commit links all that are wanted, when the file ends at `end`.
+    std::uint64_t last_region_needed(std::uint64_t end) const;
     /// From within a task of lead(): keeps refcount blocks linked ahead of the end of the file, and of `more` clusters
     /// beyond it, so that growth need not wait for a commit.
     void link_ahead(std::uint64_t more = 0);

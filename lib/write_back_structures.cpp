@@ -24,12 +24,16 @@ std::uint64_t WriteBack::last_region_wanted(std::uint64_t end, std::uint64_t tab
     return (end + margin(table_clusters)) / refcounts_.region_clusters();
 }
 
+std::uint64_t WriteBack::last_region_needed(std::uint64_t end) const {
+    return (end + margin(refcounts_.table_clusters()) / 2 - 1) / refcounts_.region_clusters();
+}
+
 void WriteBack::link_ahead(std::uint64_t more) {
     if (autoclear_to_clear() != 0)
         return; // nothing has changed yet, so nothing grows; and nothing may be written before these bits are cleared
     const std::uint64_t region_clusters = refcounts_.region_clusters();
     const std::uint64_t end = allocator_.end() + more, covered = allocator_.covered_end();
-    if (covered >= end + margin(refcounts_.table_clusters()) / 2)
+    if (covered > last_region_needed(end) * region_clusters)
         return;
     const std::uint64_t first = covered / region_clusters;
     const std::uint64_t last = last_region_wanted(end, refcounts_.table_clusters());

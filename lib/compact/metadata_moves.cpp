@@ -93,17 +93,15 @@ void drop_empty_table(State &state, std::uint64_t i) {
 void drop_refcount_blocks(State &state, const Layout &layout) {
     std::vector<HostRun> dropped;
     std::vector<std::uint64_t> regions;
-    const auto blocks = state.refcounts.blocks();
-    const auto going = static_cast<std::uint64_t>(
-        std::ranges::count_if(blocks, [&](const auto &block) { return block.first > layout.last_region; }));
-    for (const auto &[region, cluster] : blocks) {
+    for (const auto &[region, cluster] : state.refcounts.blocks()) {
         bool gone = false;
         state.allocator.with_fixed_length([&, region = region](std::uint64_t end) {
-            // One that the file should have would only be linked again by the next commit. But where nothing else is
-            // left behind E, the file is as long as it is because of those that go.
-            const std::uint64_t without = std::max(layout.end.value, end - std::min(end, going));
+            // Not one that the next commit would link again. What the file as it is should have is more than that: were
+            // it kept, blocks that are all there is beyond E would stay for their own sake.
+            const std::uint64_t table = state.refcounts.table_clusters();
             const std::uint64_t last =
-                state.write_back.last_region_wanted(std::min(end, without), state.refcounts.table_clusters());
+                std::max(state.write_back.last_region_needed(end),
+                         std::min(layout.last_region, state.write_back.last_region_wanted(end, table)));
             if (end > region * state.refcounts.region_clusters() || region <= last)
                 return;
             // In memory first: from here on the file does not grow into the region.

@@ -22,7 +22,7 @@ bool move_l2_table(State &state, std::uint64_t i, HostCluster end);
 void drop_empty_table(State &state, std::uint64_t i);
 
 /// These are durable when they return. They move what lies beyond layout.end as far as there is room.
-/// Gives back blocks that the file, as long as it will be without them, has no use for.
+/// Gives back blocks that the file has no use for, once it is as long as in `layout`.
 void drop_refcount_blocks(State &state, const Layout &layout);
 void move_refcount_blocks(State &state, const Layout &layout, std::uint64_t most);
 void move_refcount_table(State &state, const Layout &layout);
