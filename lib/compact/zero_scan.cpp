@@ -14,7 +14,8 @@ constexpr std::uint64_t first_look = 4096; // bytes; a page of the host's
 
 } // namespace
 
-ZeroScan::ZeroScan(Image &image, Gauges &gauges) : image_(image), state_(image.state()), gauges_(gauges) {}
+ZeroScan::ZeroScan(Image &image, Gauges &gauges)
+    : image_(image), state_(image.state()), gauges_(gauges), known_(state_.geometry.guest_clusters()) {}
 
 ZeroScan::~ZeroScan() {
     try {
@@ -25,23 +26,10 @@ ZeroScan::~ZeroScan() {
     }
 }
 
-bool ZeroScan::known(GuestCluster c) const {
-    const Lock guard(mutex_);
-    return c.value < known_.size() && known_[c.value];
-}
-
 bool ZeroScan::wanted(GuestCluster c, const Mapping &mapping) const {
     // In version 2 nothing but data can hide what lies below: there even zeroes have to stay.
     const bool may_go = state_.mapper.format().version >= 3 || state_.contents.ends_below(c);
-    return may_be_zero(mapping) && may_go && !known(c);
-}
-
-void ZeroScan::set_known(GuestCluster c) {
-    const Lock guard(mutex_);
-    if (known_.size() <= c.value)
-        known_.resize(
-            std::min<std::uint64_t>(std::max(c.value + 1, known_.size() * 2), state_.geometry.guest_clusters()));
-    known_[c.value] = true;
+    return may_be_zero(mapping) && may_go && !known_.has(c.value);
 }
 
 std::vector<Maintenance::Planned> ZeroScan::plan(GuestOffset at, std::uint64_t length, std::size_t most,
@@ -140,7 +128,7 @@ bool ZeroScan::look_at(GuestCluster c, const Mapping &seen) {
     const auto data = seen.has_host() ? state_.data.next_data(from) : std::nullopt;
     const bool is_hole = seen.has_host() && !(data && *data < from + g.cluster_size());
     if (!is_hole && !holds_zeroes(c, seen, bytes)) {
-        set_known(c);
+        known_.set(c.value);
         return true;
     }
     (void)state_.mapper.look(c); // the slice is in memory when the lock is held
@@ -152,7 +140,7 @@ bool ZeroScan::look_at(GuestCluster c, const Mapping &seen) {
     if (m != seen)
         return true;
     if (!holds_zeroes(c, m, bytes)) {
-        set_known(c);
+        known_.set(c.value);
         return true;
     }
     if (!state_.mapper.ensure_table(c, Allocator::Growth::now))
@@ -162,7 +150,7 @@ bool ZeroScan::look_at(GuestCluster c, const Mapping &seen) {
             gauges_.zero_freed_bytes += g.cluster_size();
         state_.data.punch_if_possible(from, g.cluster_size());
         if (state_.raw_data) {
-            set_known(c); // the entry stays: it says that the data file is the disk
+            known_.set(c.value); // the entry stays: it says that the data file is the disk
             return true;
         }
     } else {
@@ -209,7 +197,7 @@ bool ZeroScan::look_at_subclusters(GuestCluster c, HostCluster host) {
         return true;
     // Unlocked: a first look, which also brings the cluster into memory.
     if (nothing_to_do(m)) {
-        set_known(c);
+        known_.set(c.value);
         return true;
     }
     const RangeLock::Exclusive guard(state_.ranges, g.offset_of(c), 1, std::try_to_lock);
@@ -220,12 +208,12 @@ bool ZeroScan::look_at_subclusters(GuestCluster c, HostCluster host) {
         return true;
     const Set gone = zero_subclusters(c, m);
     if (gone == 0 && bitmap_of(m).data() != 0) {
-        set_known(c);
+        known_.set(c.value);
         return true;
     }
     if (state_.raw_data) { // the entry stays: it says that the data file is the disk
         punch_all_but(state_, host, bitmap_of(m).data() & ~gone);
-        set_known(c);
+        known_.set(c.value);
         return true;
     }
     if (!state_.mapper.ensure_table(c, Allocator::Growth::now))
@@ -241,7 +229,7 @@ bool ZeroScan::look_at_subclusters(GuestCluster c, HostCluster host) {
     if (!has_host && state_.mapper.is_external(m))
         state_.data.punch_if_possible(g.offset_of(host), g.cluster_size());
     if (has_host) {
-        set_known(c);
+        known_.set(c.value);
         if (m.copied)
             punch_all_but(state_, host, after.data());
     }

@@ -6,8 +6,8 @@
 // so it needs no ownership.
 #pragma once
 
+#include "../sparse_bits.h"
 #include "../subclusters.h"
-#include "../thread_safety.h"
 #include "maintenance.h"
 #include "survey.h"
 
@@ -24,9 +24,7 @@ class ZeroScan final : public Maintenance {
     void commit(const StopCheck &stop) override;
 
   private:
-    bool known(GuestCluster c) const;
     bool wanted(GuestCluster c, const Mapping &mapping) const;
-    void set_known(GuestCluster c);
     /// False: commit first, then ask again.
     bool look_at(GuestCluster c, const Mapping &seen);
     bool look_at_subclusters(GuestCluster c, HostCluster host);
@@ -37,8 +35,7 @@ class ZeroScan final : public Maintenance {
     Image &image_;
     State &state_;
     Gauges &gauges_;
-    mutable Mutex mutex_;
-    std::vector<bool> known_ PROTECTED_BY(mutex_); // by guest cluster: holds something
+    SparseBits known_; // by guest cluster: holds something
     std::atomic<bool> changed_{false};
 };
 

@@ -7,6 +7,7 @@
 #include "lib/byte_order.h"
 #include "lib/check/check.h"
 #include "lib/check/source.h"
+#include "lib/compact/zero_scan.h"
 #include "lib/create.h"
 #include "lib/header_home.h"
 #include "lib/l2_entry.h"
@@ -343,6 +344,19 @@ TEST_CASE("A check takes no memory for the tables that a header claims, and the 
     CHECK(source.l1().size() * 8 <= bytes.size());
     CHECK(source.refcount_table().size() * 8 <= bytes.size());
     CHECK(check_file(file).corruptions > 0);
+}
+
+TEST_CASE("Looking for zeroes at the end of a huge disk takes no memory for all that is before it") {
+    constexpr std::uint64_t size = 65536, disk = std::uint64_t{512} << 40;
+    const auto image = open_image(std::make_shared<FaultyDisk>(empty_image(disk, size)));
+    image->write(bytes_of(size, 7), {disk - size});
+    Gauges gauges;
+    ZeroScan zeroes(*image, gauges);
+    const Growth growth;
+    zeroes.run({disk - size}, size, never);
+    for (const auto &planned : zeroes.plan({disk - size}, size, 10))
+        CHECK_FALSE(planned.to_do); // it is known now
+    CHECK(growth.within(32));       // was 1 GiB
 }
 
 TEST_CASE("Entries that point anywhere beyond the end of the file take no memory") {
