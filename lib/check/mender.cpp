@@ -80,8 +80,6 @@ std::uint64_t Mender::wanted(std::uint64_t c, std::uint64_t stored) const {
 }
 
 std::uint64_t Mender::final_count(HostCluster c) {
-    if (c.value >= checker.clusters())
-        return 0;
     const std::uint64_t region = c.value / geometry_.refcounts_per_block();
     if (cached_region_ != region) {
         cached_ = checker.block(region);
@@ -89,7 +87,7 @@ std::uint64_t Mender::final_count(HostCluster c) {
     }
     const std::uint64_t stored =
         cached_ ? RefcountView(*cached_, header_.refcount_order).get(c.value % geometry_.refcounts_per_block()) : 0;
-    return wanted(c.value, stored);
+    return c.value < checker.clusters() ? wanted(c.value, stored) : stored; // beyond the end of the file none is mended
 }
 
 void Mender::mend_counts(Count how) {

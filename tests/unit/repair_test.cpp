@@ -184,6 +184,24 @@ TEST_CASE("What is damaged is repaired, and the guest's disk is what it was") {
     });
 }
 
+TEST_CASE("What points beyond the end of the file stays as it is, flag and count") {
+    ImagePlan plan;
+    plan.virtual_size = 64 * 512;
+    plan.metadata_at = 1;
+    for (std::uint64_t c = 0; c < 8; ++c)
+        plan.data[c] = 40 + c;
+    Bytes bytes = build_image(plan).bytes;
+    REQUIRE(bytes.size() == 48 * 512);
+    bytes.resize(44 * 512);
+    auto disk = std::make_shared<FaultyDisk>(bytes);
+    FaultyFile file(disk);
+    const std::uint64_t before = check_file(file).corruptions;
+    CHECK(before == 4);
+    const CheckReport report = repair(disk, Repair::all);
+    CHECK(report.corruptions == before);
+    CHECK((disk->bytes() == bytes));
+}
+
 TEST_CASE("A repair that is cut off at any moment is finished by the next one") {
     const std::uint64_t seed = fresh_seed();
     INFO("QLEAN_SEED=" << seed);
