@@ -339,6 +339,13 @@ void Allocator::claim_beyond(HostCluster first, std::uint64_t count) {
     note({first, count});
 }
 
+void Allocator::unclaim_beyond(HostCluster first) {
+    const Lock length_guard(length_mutex_);
+    file_.truncate(geometry_.bytes(first.value));
+    const Lock guard(mutex_);
+    resize_maps(first.value);
+}
+
 // --- the free map -------------------------------------------------------------------------------------------------
 
 void Allocator::load_region(std::uint64_t region) {

@@ -122,18 +122,24 @@ void WriteBack::link_beyond(std::uint64_t first_region, std::uint64_t count) {
     const std::uint64_t area = count + new_table_clusters;
     allocator_.claim_beyond({start}, area);
 
-    for (std::uint64_t b = 0; b < count; ++b) {
-        const std::uint64_t counted = uncounted + area - std::min(uncounted + area, b * region_clusters);
-        file_.write(new_block(counted), geometry_.offset_of(HostCluster{start + b}));
-    }
     std::vector<std::uint64_t> entries(count);
     for (std::uint64_t b = 0; b < count; ++b)
         entries[b] = big_endian(geometry_.offset_of(HostCluster{start + b}).value);
     const HostOffset new_home = geometry_.offset_of(HostCluster{start + count});
-    if (new_table_clusters != 0) {
-        auto words = refcounts_.table_words(0, table_entries);
-        std::copy(entries.begin(), entries.end(), words.begin() + static_cast<std::ptrdiff_t>(first_region));
-        file_.write(std::as_bytes(std::span(words)), new_home);
+    try {
+        for (std::uint64_t b = 0; b < count; ++b) {
+            const std::uint64_t counted = uncounted + area - std::min(uncounted + area, b * region_clusters);
+            file_.write(new_block(counted), geometry_.offset_of(HostCluster{start + b}));
+        }
+        if (new_table_clusters != 0) {
+            auto words = refcounts_.table_words(0, table_entries);
+            std::copy(entries.begin(), entries.end(), words.begin() + static_cast<std::ptrdiff_t>(first_region));
+            file_.write(std::as_bytes(std::span(words)), new_home);
+        }
+    } catch (...) {
+        // Each commit of a full disk would make the file longer, and leave regions that no block describes.
+        allocator_.unclaim_beyond({start});
+        throw;
     }
     sync();
     const HostRun old_table = refcounts_.table_run();

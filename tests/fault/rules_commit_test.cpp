@@ -234,6 +234,46 @@ TEST_CASE("A flush has two syncs, one when no metadata changed, and three when s
     CHECK(syncs(*s.disk) - before == 3);
 }
 
+TEST_CASE("B1: commits for which there is no room for a larger refcount table do not lengthen the file") {
+    const auto disk = std::make_shared<FaultyDisk>(empty_image(64 * 1024 * 1024, 512));
+    const auto image = open_image(disk, false, 1024 * 1024);
+    const Allocator &allocator = image->state().allocator;
+    // Until the next commit wants blocks that the table, of 64 entries, has no room for.
+    const std::uint64_t ahead = 8193, per_block = 256;
+    const auto at_the_end = [&] {
+        return allocator.covered_end() < allocator.end() + ahead / 2 && (allocator.end() + ahead) / per_block >= 64;
+    };
+    std::uint64_t at = 0;
+    for (; !at_the_end(); at += 4096) {
+        REQUIRE(at < image->size());
+        image->write(bytes_of(4096, 1), {at});
+        if (!at_the_end())
+            image->flush();
+    }
+    const std::uint64_t full = disk->length();
+    Fault fault;
+    fault.ops = mask(Op::write);
+    fault.code = ENOSPC;
+    fault.lasting = true;
+    fault.only = [&](const Request &r) { return r.at + r.length > full; };
+    disk->fail(fault);
+    for (unsigned i = 0; i < 40; ++i) {
+        image->write(bytes_of(65536, 2 + i), {0});
+        image->trim({65536}, 65536);
+        image->flush();
+    }
+    CHECK(disk->struck() > 0);
+    CHECK(disk->length() <= allocator.covered_end() * 512); // up to there there are blocks
+    disk->heal();
+    image->write(bytes_of(65536, 99), {at});
+    image->flush();
+    CHECK(image->state().refcounts.table_entries() > 64);
+    const Bytes model = read_all(*image);
+    image->close();
+    CHECK((guest_bytes(disk->bytes()) == model));
+    CHECK(judge(disk->bytes()).clean());
+}
+
 TEST_CASE("B1: growing the refcount structures is safe at every moment, and costs no more than two syncs more") {
     const std::uint64_t seed = fresh_seed();
     INFO("QLEAN_SEED=" << seed);
