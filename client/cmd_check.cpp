@@ -55,6 +55,21 @@ void repair_leaks(const Target &target, Connection &connection) {
     wait_for(target, connection, flush, "commit the repair");
 }
 
+json read_verdict(const Target &target, Connection &connection) {
+    try {
+        return read_json_page(connection);
+    } catch (const Failure &) {
+        if (target.is_private() || connection.lost()) {
+            throw;
+        }
+        const std::string said = server_says(target); // only a number came with the failure
+        if (said.empty()) {
+            throw;
+        }
+        throw Failure(fmt::format("the server could not check: {}", said));
+    }
+}
+
 void print(const json &verdict) {
     if (const auto it = verdict.find("problems"); it != verdict.end() && it->is_array()) {
         for (const auto &problem : *it) {
@@ -117,7 +132,7 @@ ExitCode check(const CheckOptions &options) {
             }
             repair_leaks(target, connection);
         }
-        verdict = read_json_page(connection);
+        verdict = read_verdict(target, connection);
     }
     target.finish();
     if (options.json) {

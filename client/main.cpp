@@ -12,8 +12,11 @@
 
 #include <cerrno>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <fcntl.h>
+#include <unistd.h>
 
 namespace {
 
@@ -161,9 +164,20 @@ int run(int argc, char **argv) {
     return static_cast<int>(code);
 }
 
+/// A descriptor opened later must not become the standard output, with the text of it in a connection. What is opened
+/// here instead of a closed one fails to read, or to write.
+void fill_standard_descriptors() {
+    for (const int fd : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) {
+        if (::fcntl(fd, F_GETFD) == -1 && ::open("/dev/null", fd == STDIN_FILENO ? O_WRONLY : O_RDONLY) == -1) {
+            std::abort();
+        }
+    }
+}
+
 } // namespace
 
 int main(int argc, char **argv) {
+    fill_standard_descriptors();
     try {
         return run(argc, argv);
     } catch (const qlean::Failure &e) {

@@ -126,13 +126,16 @@ nlohmann::ordered_json to_json(const Measures &measures) {
     return j;
 }
 
-std::string server_says(const Target &target, int error) {
-    std::string said;
+std::string server_says(const Target &target) {
     try {
-        said = StatusPage::fetch(target).last_error();
+        return StatusPage::fetch(target).last_error();
     } catch (const Failure &) {
-        // The number alone has to do.
+        return {};
     }
+}
+
+std::string server_says(const Target &target, int error) {
+    const std::string said = server_says(target);
     return said.empty() ? std::strerror(error) : said;
 }
 

@@ -68,6 +68,8 @@ class StatusPage {
 
 nlohmann::ordered_json to_json(const Measures &measures);
 
+// The server's last error, or an empty string.
+std::string server_says(const Target &target);
 // Why a request failed with ERROR, in the server's own words if they can be had: only a number comes over the wire.
 std::string server_says(const Target &target, int error);
 

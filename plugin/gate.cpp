@@ -86,7 +86,10 @@ void Gate::own_signals(std::function<bool()> leave) {
         const bool well = shut(leave);
         if (well && connections_.load() == 0) {
             ::signal(SIGSEGV, on_late_crash);
-            nbdkit_shutdown();
+            {
+                const Lock guard(shutdown_);
+                nbdkit_shutdown();
+            }
             std::this_thread::sleep_for(patience);
         }
         ::_exit(well ? EXIT_SUCCESS : EXIT_FAILURE);

@@ -8,6 +8,7 @@
 
 #include "lib/at_work.h"
 #include "lib/rw_lock.h"
+#include "lib/thread_safety.h"
 #include "processor.h"
 
 #include <array>
@@ -71,6 +72,8 @@ class Gate {
     void disconnected() { connections_.fetch_sub(1); }
     /// Stops every later request, waiting for those in flight, then runs `leave`; the second caller only waits for it.
     bool shut(const std::function<bool()> &leave);
+    /// From nbdkit's cleanup: what nbdkit_shutdown() uses is about to be closed, so it has to have returned.
+    void await_shutdown() { const Lock guard(shutdown_); }
 
   private:
     Doors doors_;
@@ -78,6 +81,7 @@ class Gate {
     std::atomic<int> waiting_alone_{0};
     std::atomic<int> connections_{0};
     std::once_flag left_;
+    Mutex shutdown_; ///< held while nbdkit is told to end
     bool left_well_ = false;
 };
 

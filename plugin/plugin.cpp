@@ -104,7 +104,10 @@ int after_fork() {
 }
 
 /// nbdkit ends by itself: one client on stdin, or nbdkit_shutdown.
-void cleanup() { server().gate.shut(leave); }
+void cleanup() {
+    server().gate.shut(leave);
+    server().gate.await_shutdown();
+}
 
 int list_exports(int, int, nbdkit_exports *exports) {
     return guarded(-1, [&] {

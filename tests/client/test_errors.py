@@ -119,6 +119,19 @@ class Errors(Case):
         os.close(write_end)
         self.assertEqual(events(server.log(), "flush-end")[-1]["export"], "compact")
 
+    def test_standard_descriptors_closed(self):
+        # What is opened next would be the standard output, and its text would go into a pipe or the connection.
+        server = self.server("size=64M", "todo=compact:0+8M")
+        run = lambda words, closed: subprocess.run(["sh", "-c", f'"$0" {words} {server.socket} {closed}', QLEAN],
+                                                   stderr=subprocess.PIPE, text=True, timeout=60)
+        for command in ("plan", "compact --dry-run", "compact -q --json", "status"):
+            failed = run(command, "<&- >&-")
+            self.assertEqual(failed.returncode, ERROR, command)
+            self.assertIn("cannot write to standard output: Bad file descriptor", failed.stderr, command)
+        self.assertEqual(events(server.log(), "flush-end")[-1]["export"], "compact")
+        self.assertEqual(run("compact --fast -q", "<&- >&- 2>&-").returncode, ERROR)  # it has a summary to print
+        self.assertEqual(run("compact --dry-run", "<&-").returncode, DONE)
+
     def test_nobody_to_tell(self):
         for redirection in ("2>&-", "2>/dev/full"):
             code = subprocess.run(["sh", "-c", f'"$0" status {self.dir}/nosuch {redirection}', QLEAN], timeout=60).returncode

@@ -79,6 +79,8 @@ def resize(size): return subprocess.run(["$QLEAN", "resize", "$SOCK", size], std
 h.flush() # it is ours now
 r = resize("2G")
 assert r.returncode == 4 and "running 'compact'" in r.stderr, r
+r = subprocess.run(["$QLEAN", "check", "$SOCK"], stderr=subprocess.PIPE, text=True)
+assert r.returncode == 1 and "running 'compact'" in r.stderr and len(r.stderr.splitlines()) == 1, r
 h.cache(1 << 20, 0); h.flush()
 END
 nbdsh_do "$(export_uri compact)" "$(cat "$W/owner.py")"
