@@ -16,6 +16,8 @@
 #include <cstring>
 #include <exception>
 #include <fcntl.h>
+#include <string_view>
+#include <system_error>
 #include <unistd.h>
 
 namespace {
@@ -184,7 +186,12 @@ int main(int argc, char **argv) {
         qlean::tell(std::string("qlean: ") + e.what());
         return static_cast<int>(e.code());
     } catch (const std::exception &e) {
-        qlean::tell(std::string("qlean: unexpected error: ") + e.what());
+        // fmt's words, where more is printed than is buffered.
+        const auto *system = dynamic_cast<const std::system_error *>(&e);
+        const bool printing = system != nullptr && std::string_view(e.what()).starts_with("cannot write to file");
+        qlean::tell(
+            printing ? fmt::format("qlean: cannot write to standard output: {}", std::strerror(system->code().value()))
+                     : fmt::format("qlean: unexpected error: {}", e.what()));
         return static_cast<int>(qlean::ExitCode::error);
     }
 }

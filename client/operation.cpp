@@ -344,16 +344,16 @@ void Operation::explain() {
     // Our own ownership ends with our connection, so an owner seen after this is somebody else.
     connection_->close();
     const std::string kept = "; what was finished is kept";
+    const char *const again = target_.is_private() ? "run the command again" : "run the command again when it is back";
     if (error_ == ESHUTDOWN) {
-        throw Failure(fmt::format("{}: the server is shutting down{}, run the command again when it is back{}",
-                                  report_.name, kept, target_.server_words()),
-                      ExitCode::server_gone);
+        throw Failure(
+            fmt::format("{}: the server is shutting down{}, {}{}", report_.name, kept, again, target_.server_words()),
+            ExitCode::server_gone);
     }
     if (lost) {
-        throw Failure(
-            fmt::format("{}: the connection to the server was lost{}, run the command again when it is back{}",
-                        report_.name, kept, target_.server_words()),
-            ExitCode::server_gone);
+        throw Failure(fmt::format("{}: the connection to the server was lost{}, {}{}", report_.name, kept, again,
+                                  target_.server_words()),
+                      ExitCode::server_gone);
     }
     std::string said;
     std::optional<Owner> owner;

@@ -34,6 +34,11 @@ namespace {
 
 constexpr int look_again_ms = 50; // whether the server has ended
 
+std::string how_it_ended(int status) {
+    return WIFSIGNALED(status) ? fmt::format("by signal {} ({})", WTERMSIG(status), ::strsignal(WTERMSIG(status)))
+                               : fmt::format("with exit status {}", WEXITSTATUS(status));
+}
+
 // Runs in the child. Only async-signal-safe calls: everything that allocates was done before the fork.
 [[noreturn]] void become(char *const argv[], int log, int ready, pid_t parent) {
     ::fcntl(ready, F_SETFD, 0);
@@ -165,8 +170,8 @@ void PrivateServer::wait_until_listening(const std::string &image) {
         if (::waitpid(child_, &status, WNOHANG) == child_) {
             child_ = -1;
             const std::string words = last_words();
-            throw Failure(words.empty() ? fmt::format("cannot serve {}: nbdkit ended without a word (wait status {})",
-                                                      image, status)
+            throw Failure(words.empty() ? fmt::format("cannot serve {}: nbdkit ended without a word, {}", image,
+                                                      how_it_ended(status))
                                         : fmt::format("cannot serve {}: nbdkit: {}", image, words));
         }
         if (signals::stop_requested()) // a repair that ends with it is finished by the next one

@@ -119,11 +119,19 @@ class Errors(Case):
         os.close(write_end)
         self.assertEqual(events(server.log(), "flush-end")[-1]["export"], "compact")
 
+    def test_reader_that_has_enough(self):
+        server = self.server("size=4G", "pattern=compact:128K:64K")
+        said = subprocess.run(["sh", "-c", f'"$0" plan --map {server.socket} | head -n 1', QLEAN],
+                              capture_output=True, text=True, timeout=60)
+        self.assertEqual(len(said.stdout.splitlines()), 1)
+        self.assertEqual(said.stderr, "qlean: cannot write to standard output: Broken pipe\n")
+
     def test_standard_descriptors_closed(self):
         # What is opened next would be the standard output, and its text would go into a pipe or the connection.
         server = self.server("size=64M", "todo=compact:0+8M")
         run = lambda words, closed: subprocess.run(["sh", "-c", f'"$0" {words} {server.socket} {closed}', QLEAN],
-                                                   stderr=subprocess.PIPE, text=True, timeout=60)
+                                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                                   timeout=60)
         for command in ("plan", "compact --dry-run", "compact -q --json", "status"):
             failed = run(command, "<&- >&-")
             self.assertEqual(failed.returncode, ERROR, command)
