@@ -11,10 +11,10 @@ from harness import *
 
 
 class Machine:
-    """How late short sleeps end while it is entered, all together, on each processor."""
+    """How late short sleeps end while it is entered, on each processor: all together, and at worst."""
 
     def __enter__(self):
-        self.seconds, self.over = 0.0, threading.Event()
+        self.seconds, self.worst, self.over = 0.0, 0.0, threading.Event()
         self.threads = [threading.Thread(target=self.watch) for _ in range(os.cpu_count())]
         for thread in self.threads:
             thread.start()
@@ -34,6 +34,7 @@ class Machine:
             late = time.monotonic() - begin - 0.005
             if late > 0.001:
                 self.seconds += late
+                self.worst = max(self.worst, late)
 
 
 class Limits(Case):
@@ -47,7 +48,7 @@ class Limits(Case):
         # All requests but the first, over the time from the first to the last: no start-up time in it.
         seconds = asked[-1]["t"] - asked[0]["t"]
         measured = sum(e["length"] for e in asked[1:]) / seconds
-        self.assertLess(abs(measured / rate - 1), 0.05 + late.seconds / seconds,
+        self.assertLess(abs(measured / rate - 1), 0.05 + 2 * late.worst / seconds,
                         f"{measured / M:.2f} MiB/s instead of {rate / M:.2f}")
         # And by the user's watch, but for the start and the end of the program; `tail`: what the server takes for the
         # last request and the last FLUSH.
@@ -56,7 +57,7 @@ class Limits(Case):
         # Never a burst: over no second more than a second's worth and one request.
         for i, first in enumerate(asked):
             burst = sum(e["length"] for e in asked[i:] if e["t"] < first["t"] + 1)
-            self.assertLess(burst, rate * (1.05 + late.seconds) + max(e["length"] for e in asked))
+            self.assertLess(burst, rate * (1.05 + 2 * late.worst) + max(e["length"] for e in asked))
         server.stop()
 
     def test_rate_pipelined(self):
@@ -119,15 +120,10 @@ class Limits(Case):
         self.assertIsNone(self.run_json("compact", "--max-time=1h", server.socket)["stopped"])
 
     def test_time_counts_for_all_operations_together(self):
-        for _ in range(5):
-            server = self.server("size=1G", "todo=zeroes:0+1G", "todo=compact:0+1G", "cache-ms=100", "version=1.32.5")
-            with Machine() as late:
-                summary = self.run_json("compact", "--max-time=1", server.socket, code=STOPPED)
-            self.assertLess(late.total, 2 + late.seconds)
-            if late.seconds < 0.2:
-                break  # else one of them may have had no processor in its time
-            server.stop()
-            self.setUp()
+        server = self.server("size=1G", "todo=zeroes:0+1G", "todo=compact:0+1G", "cache-ms=100", "version=1.32.5")
+        with Machine() as late:
+            summary = self.run_json("compact", "--max-time=4", server.socket, code=STOPPED)
+        self.assertLess(late.total, 5 + late.seconds)
         # Each has its turn, and none is at its end.
         self.assertEqual([o["export"] for o in summary["operations"]], ["zeroes", "compact"])
         self.assertEqual(summary["stopped"], "max-time")
