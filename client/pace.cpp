@@ -9,10 +9,11 @@
 namespace qlean {
 
 Pace::Clock::time_point Pace::due(std::uint64_t bytes, Clock::time_point now) const {
-    constexpr auto catch_up = std::chrono::seconds(1);
-    const auto from = std::max(paid_until_, now - catch_up);
-    const std::chrono::duration<double> cost(static_cast<double>(bytes) / static_cast<double>(*rate_));
-    return from + std::chrono::duration_cast<Clock::duration>(cost);
+    const std::chrono::duration<double> price(static_cast<double>(bytes) / static_cast<double>(*rate_));
+    const auto cost = std::chrono::duration_cast<Clock::duration>(price);
+    // What costs more than a second is paid for by waiting for longer than that: else it would never be.
+    const auto catch_up = std::max<Clock::duration>(std::chrono::seconds(1), cost);
+    return std::max(paid_until_, now - catch_up) + cost;
 }
 
 Pace::Clock::duration Pace::delay(std::uint64_t bytes, Clock::time_point now) const {

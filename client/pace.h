@@ -2,7 +2,8 @@
 // Copyright (c) 2026, the qlean authors
 //
 // The rate limiter. Bytes are paid for before they are sent, so at no moment since the start has more been sent than
-// the rate allows; time lost to a slow server is caught up, but never more than one second's worth at once.
+// the rate allows; time lost to a slow server is caught up, but never more than one second's worth at once, or one
+// request's.
 // Time is passed in, never read: the arithmetic can be tested without waiting.
 #pragma once
 

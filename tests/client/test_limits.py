@@ -72,6 +72,13 @@ class Limits(Case):
     def test_low_rate(self):
         self.measure("512K", 512 * 1024, 2 * M + 512 * 1024)
 
+    def test_rate_below_a_cluster_a_second(self):
+        server = self.server("size=1G", "todo=compact:0+128K")
+        with Machine() as late:
+            self.run_qlean("compact", "--no-zeroes", "--max-rate=32K", server.socket)
+        self.assertEqual([e["length"] for e in events(server.log(), "cache")], [64 * 1024] * 2)
+        self.assertAlmostEqual(late.total, 4.0, delta=0.3 + late.seconds)
+
     def test_rate_holds_across_scattered_ranges(self):
         # Holes are nothing to do, so they are not paid for.
         server = self.server("size=512M", "pattern=compact:1M:128K")
