@@ -58,11 +58,8 @@ void repair_leaks(const Target &target, Connection &connection) {
 json read_verdict(const Target &target, Connection &connection) {
     try {
         return read_json_page(connection);
-    } catch (const Failure &) {
-        if (target.is_private() || connection.lost()) {
-            throw;
-        }
-        const std::string said = server_says(target); // only a number came with the failure
+    } catch (const RequestRefused &) {
+        const std::string said = target.is_private() ? "" : server_says(target);
         if (said.empty()) {
             throw;
         }

@@ -240,8 +240,8 @@ void Connection::fail(const std::string &what) const {
                                   target_.name(), target_.server_words()),
                       ExitCode::server_gone);
     }
-    throw Failure(fmt::format("cannot {} export '{}' of {}: {}{}", what, export_name_, target_.name(), text,
-                              target_.server_words()));
+    throw RequestRefused(fmt::format("cannot {} export '{}' of {}: {}{}", what, export_name_, target_.name(), text,
+                                     target_.server_words()));
 }
 
 } // namespace qlean

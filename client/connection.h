@@ -6,6 +6,8 @@
 // in flight simply vanishes, and that server may be holding a guest's disk.
 #pragma once
 
+#include "failure.h"
+
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -31,6 +33,12 @@ struct Extent {
     std::uint64_t offset;
     std::uint64_t length;
     bool hole;
+};
+
+// The server answered a request with an error: over the connection only its number came.
+class RequestRefused : public Failure {
+  public:
+    using Failure::Failure;
 };
 
 class Connection {

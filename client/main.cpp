@@ -16,7 +16,6 @@
 #include <cstring>
 #include <exception>
 #include <fcntl.h>
-#include <string_view>
 #include <system_error>
 #include <unistd.h>
 
@@ -166,8 +165,8 @@ int run(int argc, char **argv) {
     return static_cast<int>(code);
 }
 
-/// A descriptor opened later must not become the standard output, with the text of it in a connection. What is opened
-/// here instead of a closed one fails to read, or to write.
+// A descriptor opened later must not become the standard output, with the text of it in a connection. What is opened
+// here instead of a closed one fails to read, or to write.
 void fill_standard_descriptors() {
     for (const int fd : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) {
         if (::fcntl(fd, F_GETFD) == -1 && ::open("/dev/null", fd == STDIN_FILENO ? O_WRONLY : O_RDONLY) == -1) {
@@ -185,13 +184,14 @@ int main(int argc, char **argv) {
     } catch (const qlean::Failure &e) {
         qlean::tell(std::string("qlean: ") + e.what());
         return static_cast<int>(e.code());
+    } catch (const std::system_error &e) {
+        // fmt's, if it could not print: more was printed than is buffered.
+        qlean::tell(std::ferror(stdout) != 0
+                        ? std::string("qlean: cannot write to standard output: ") + std::strerror(e.code().value())
+                        : std::string("qlean: unexpected error: ") + e.what());
+        return static_cast<int>(qlean::ExitCode::error);
     } catch (const std::exception &e) {
-        // fmt's words, where more is printed than is buffered.
-        const auto *system = dynamic_cast<const std::system_error *>(&e);
-        const bool printing = system != nullptr && std::string_view(e.what()).starts_with("cannot write to file");
-        qlean::tell(
-            printing ? fmt::format("qlean: cannot write to standard output: {}", std::strerror(system->code().value()))
-                     : fmt::format("qlean: unexpected error: {}", e.what()));
+        qlean::tell(std::string("qlean: unexpected error: ") + e.what());
         return static_cast<int>(qlean::ExitCode::error);
     }
 }

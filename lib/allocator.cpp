@@ -28,6 +28,8 @@ void Allocator::resize_maps(std::uint64_t end) {
     zero_.resize(end);
     reserved_.resize(end);
     loaded_.resize(regions());
+    next_unloaded_ = std::min<std::uint64_t>(next_unloaded_, loaded_.size());
+    lowest_ = std::min(lowest_, end);
 }
 
 Allocator::Reservation &Allocator::Reservation::operator=(Reservation &&other) noexcept {
@@ -339,11 +341,13 @@ void Allocator::claim_beyond(HostCluster first, std::uint64_t count) {
     note({first, count});
 }
 
-void Allocator::unclaim_beyond(HostCluster first) {
+void Allocator::unclaim_beyond(HostRun claimed) {
     const Lock length_guard(length_mutex_);
-    file_.truncate(geometry_.bytes(first.value));
+    if (end() != claimed.end().value)
+        return;
+    file_.truncate(geometry_.bytes(claimed.first.value));
     const Lock guard(mutex_);
-    resize_maps(first.value);
+    resize_maps(claimed.first.value);
 }
 
 // --- the free map -------------------------------------------------------------------------------------------------

@@ -132,8 +132,9 @@ class Allocator {
     void settle(const std::vector<HostRun> &runs, const std::vector<HostRun> &freed);
     /// Extends the file so that [first, first + count), beyond what is covered, is in use; what is skipped is free.
     void claim_beyond(HostCluster first, std::uint64_t count);
-    /// Takes the last claim_beyond() back, of which nothing was linked. Nobody else can have grown the file since.
-    void unclaim_beyond(HostCluster first);
+    /// Takes the last claim_beyond() back, of which nothing was linked. Not if the file has grown since, as it can
+    /// where what comes next has a block already: then that is somebody's, and what was claimed is a leak.
+    void unclaim_beyond(HostRun claimed);
 
     /// Punches up to `max_bytes` of free clusters that still hold host space, and with them what is free in between, up
     /// to as much again; none of it can be handed out meanwhile. False when there was nothing to do.

@@ -164,8 +164,6 @@ bool Allocator::truncate_step(std::uint64_t max_bytes, HostCluster floor) {
         // Withdrawn: nobody is given a cluster at or beyond new_end until the file has been extended again, and
         // extending waits for length_mutex_.
         resize_maps(new_end);
-        next_unloaded_ = std::min<std::uint64_t>(next_unloaded_, loaded_.size());
-        lowest_ = std::min(lowest_, end());
     }
     try {
         file_.truncate(geometry_.bytes(new_end));

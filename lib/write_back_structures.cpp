@@ -138,7 +138,7 @@ void WriteBack::link_beyond(std::uint64_t first_region, std::uint64_t count) {
         }
     } catch (...) {
         // Each commit of a full disk would make the file longer, and leave regions that no block describes.
-        allocator_.unclaim_beyond({start});
+        allocator_.unclaim_beyond({{start}, area});
         throw;
     }
     sync();

@@ -81,8 +81,8 @@ class Gate {
     std::atomic<int> waiting_alone_{0};
     std::atomic<int> connections_{0};
     std::once_flag left_;
-    Mutex shutdown_; ///< held while nbdkit is told to end
     bool left_well_ = false;
+    Mutex shutdown_; ///< held while nbdkit is told to end
 };
 
 } // namespace qlean::plugin

@@ -97,7 +97,6 @@ void Checker::load_refcounts() {
     }
 }
 
-/// Exact only where it matters: 1, or something else. Nothing where it cannot be read.
 std::optional<std::uint64_t> Checker::refcount(HostCluster c) {
     const std::uint64_t region = c.value / geometry_.refcounts_per_block();
     if (region < table_.size() && (table_[region] & ~table_reserved) % cluster_ != 0)

@@ -46,6 +46,8 @@ class Checker {
     std::uint64_t clusters() const { return clusters_; }
     /// The counts of a region as they are stored; nothing where they cannot be.
     std::optional<std::vector<std::byte>> block(std::uint64_t region);
+    /// As stored. Exact only where it matters: 1, or something else. Nothing where it cannot be read.
+    std::optional<std::uint64_t> refcount(HostCluster c);
     /// Every reference was found: only then may anything be changed.
     bool complete() const { return complete_; }
     /// The refcount structures cannot be mended where they are.
@@ -65,7 +67,6 @@ class Checker {
     void give_up(std::string text);
     void count(HostOffset at, std::uint64_t bytes, const char *what, std::uint64_t times = 1);
     void load_refcounts();
-    std::optional<std::uint64_t> refcount(HostCluster c);
     void add_tables(const std::vector<std::uint64_t> &l1, std::uint64_t times, bool active);
     void join_tables();
     void count_snapshots();

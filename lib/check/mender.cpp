@@ -80,6 +80,8 @@ std::uint64_t Mender::wanted(std::uint64_t c, std::uint64_t stored) const {
 }
 
 std::uint64_t Mender::final_count(HostCluster c) {
+    if (c.value >= checker.clusters())
+        return 0;
     const std::uint64_t region = c.value / geometry_.refcounts_per_block();
     if (cached_region_ != region) {
         cached_ = checker.block(region);
@@ -87,7 +89,7 @@ std::uint64_t Mender::final_count(HostCluster c) {
     }
     const std::uint64_t stored =
         cached_ ? RefcountView(*cached_, header_.refcount_order).get(c.value % geometry_.refcounts_per_block()) : 0;
-    return c.value < checker.clusters() ? wanted(c.value, stored) : stored; // beyond the end of the file none is mended
+    return wanted(c.value, stored);
 }
 
 void Mender::mend_counts(Count how) {
@@ -115,10 +117,14 @@ void Mender::mend_counts(Count how) {
 
 // --- flags and entries --------------------------------------------------------------------------------------------
 
-bool Mender::mend_flag(std::uint64_t &word, Flag how) {
-    const bool one =
-        header_.has_data_file() || final_count(geometry_.cluster_of(HostOffset{word & entry::offset_mask})) == 1;
-    if (one == ((word & entry::copied) != 0) || one != (how == Flag::set))
+/// Beyond the end of the file no count is mended: there it is what is stored, or nothing where that cannot be read.
+std::optional<std::uint64_t> Mender::count_by_flag(HostCluster c) {
+    return c.value < checker.clusters() ? final_count(c) : checker.refcount(c);
+}
+
+/// Of an L1 or L2 entry for a cluster with this count.
+bool Mender::mend_flag(std::uint64_t &word, std::optional<std::uint64_t> count, Flag how) {
+    if (!count || (*count == 1) == ((word & entry::copied) != 0) || (*count == 1) != (how == Flag::set))
         return false;
     word ^= entry::copied;
     return true;
@@ -136,8 +142,10 @@ void Mender::mend_flags(Flag how) {
         for (std::size_t i = 0; i < words.size(); i += step) {
             std::uint64_t &word = words[i];
             const bool hosted = word & entry::offset_mask || (header_.has_data_file() && word & entry::copied);
-            if (hosted && !(word & entry::compressed))
-                changed = mend_flag(word, how) || changed;
+            if (!hosted || word & entry::compressed)
+                continue;
+            const HostCluster c = geometry_.cluster_of(HostOffset{word & entry::offset_mask});
+            changed = mend_flag(word, header_.has_data_file() ? 1 : count_by_flag(c), how) || changed;
         }
         if (changed)
             write_words(file_, words, table.at);
@@ -146,15 +154,9 @@ void Mender::mend_flags(Flag how) {
         return;
     auto l1 = source_.l1();
     bool changed = false;
-    for (std::uint64_t &word : l1) {
-        if ((word & entry::offset_mask) == 0)
-            continue;
-        const bool one = final_count(geometry_.cluster_of(entry::table(word))) == 1;
-        if (one != ((word & entry::copied) != 0) && one == (how == Flag::set)) {
-            word ^= entry::copied;
-            changed = true;
-        }
-    }
+    for (std::uint64_t &word : l1)
+        if ((word & entry::offset_mask) != 0)
+            changed = mend_flag(word, count_by_flag(geometry_.cluster_of(entry::table(word))), how) || changed;
     if (changed)
         write_words(file_, l1, header_.l1_offset);
 }

@@ -52,7 +52,8 @@ class Mender {
     void count_new_places(HostRun run);
     void mend_counts(Count how);
     void mend_flags(Flag how);
-    bool mend_flag(std::uint64_t &word, Flag how);
+    std::optional<std::uint64_t> count_by_flag(HostCluster c);
+    static bool mend_flag(std::uint64_t &word, std::optional<std::uint64_t> count, Flag how);
     void forget_old_structures();
     void rebuild_refcounts();
     bool may_write(const Checker::Table &table) const;

@@ -93,26 +93,21 @@ void drop_empty_table(State &state, std::uint64_t i) {
 void drop_refcount_blocks(State &state, const Layout &layout) {
     std::vector<HostRun> dropped;
     std::vector<std::uint64_t> regions;
-    for (const auto &[region, cluster] : state.refcounts.blocks()) {
-        bool gone = false;
-        state.allocator.with_fixed_length([&, region = region](std::uint64_t end) {
-            // Not one that the next commit would link again. What the file as it is should have is more than that: were
-            // it kept, blocks that are all there is beyond E would stay for their own sake.
-            const std::uint64_t table = state.refcounts.table_clusters();
-            const std::uint64_t last =
-                std::max(state.write_back.last_region_needed(end),
-                         std::min(layout.last_region, state.write_back.last_region_wanted(end, table)));
+    state.allocator.with_fixed_length([&](std::uint64_t end) {
+        // Not those that the next commit would link again. What the file as it is should have is more than that: were
+        // it kept, blocks that are all there is beyond E would stay for their own sake.
+        const std::uint64_t wanted = state.write_back.last_region_wanted(end, state.refcounts.table_clusters());
+        const std::uint64_t last =
+            std::max(state.write_back.last_region_needed(end), std::min(layout.last_region, wanted));
+        for (const auto &[region, cluster] : state.refcounts.blocks()) {
             if (end > region * state.refcounts.region_clusters() || region <= last)
-                return;
+                continue;
             // In memory first: from here on the file does not grow into the region.
             state.refcounts.set_block(region, HostOffset{0});
-            gone = true;
-        });
-        if (!gone)
-            continue;
-        regions.push_back(region);
-        dropped.push_back({cluster, 1});
-    }
+            regions.push_back(region);
+            dropped.push_back({cluster, 1});
+        }
+    });
     if (dropped.empty())
         return;
     state.write_back.switch_as_leader([&] {

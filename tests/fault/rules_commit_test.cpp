@@ -274,6 +274,52 @@ TEST_CASE("B1: commits for which there is no room for a larger refcount table do
     CHECK(judge(disk->bytes()).clean());
 }
 
+TEST_CASE("B1: what is taken back of a claim behind the file is not what the guest has got behind that") {
+    // The end of the file has no refcount block, what comes behind has one: so the file can grow from where the claim
+    // ends.
+    constexpr std::uint64_t per_block = 256, first = 20, mapped = per_block - first, low = 16, end = 490;
+    ImagePlan plan;
+    plan.metadata_at = 1;
+    plan.virtual_size = 512 * cluster;
+    plan.map(mapped, first);
+    BuiltImage built = build_image(plan);
+    REQUIRE(built.bytes.size() == per_block * cluster);
+    built.bytes.resize(end * cluster);
+    const std::uint64_t table = built.word(48), block = built.word(table);
+    REQUIRE(load_be<std::uint16_t>(built.bytes, block + low * 2) == 0);
+    store_be<std::uint16_t>(built.bytes, block + low * 2, 1);
+    REQUIRE(built.word(table + 8) == 0);
+    built.set_word(table + 16, low * cluster);
+    const auto disk = std::make_shared<FaultyDisk>(built.bytes);
+    const auto image = open_image(disk);
+    Bytes model = read_all(*image);
+    const auto write = [&](std::uint64_t c, std::uint64_t count, unsigned value) {
+        image->write(bytes_of(count * cluster, value), {c * cluster});
+        std::fill_n(model.begin() + static_cast<std::ptrdiff_t>(c * cluster), count * cluster, std::byte(value));
+    };
+    write(mapped, 1, 7); // so that a commit has something to do
+    Fault fault;
+    fault.ops = mask(Op::write);
+    fault.code = ENOSPC;
+    fault.only = touches(Op::write, end * cluster, cluster);
+    disk->fail(fault);
+    Breakpoint claimed(disk, Breakpoint::When::before, touches(Op::write, end * cluster, cluster));
+    Beside commit;
+    commit.start([&] { image->flush(); });
+    REQUIRE(claimed.wait());
+    REQUIRE(image->state().allocator.end() > 2 * per_block);
+    write(mapped + 1, 40, 8);
+    claimed.release();
+    commit.join();
+    CHECK(disk->struck() == 1);
+    CHECK((read_all(*image) == model));
+    disk->heal();
+    image->flush();
+    image->close();
+    CHECK((guest_bytes(disk->bytes()) == model));
+    CHECK(judge(disk->bytes()).sound());
+}
+
 TEST_CASE("B1: growing the refcount structures is safe at every moment, and costs no more than two syncs more") {
     const std::uint64_t seed = fresh_seed();
     INFO("QLEAN_SEED=" << seed);
