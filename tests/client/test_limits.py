@@ -5,36 +5,7 @@
 Times are compared beside what the machine itself did to them: where others keep it busy, nobody is on time.
 """
 
-import threading
-
 from harness import *
-
-
-class Machine:
-    """How late short sleeps end while it is entered, on each processor: all together, and at worst."""
-
-    def __enter__(self):
-        self.seconds, self.worst, self.over = 0.0, 0.0, threading.Event()
-        self.threads = [threading.Thread(target=self.watch) for _ in range(os.cpu_count())]
-        for thread in self.threads:
-            thread.start()
-        self.begin = time.monotonic()
-        return self
-
-    def __exit__(self, *_):
-        self.total = time.monotonic() - self.begin
-        self.over.set()
-        for thread in self.threads:
-            thread.join()
-
-    def watch(self):
-        while not self.over.is_set():
-            begin = time.monotonic()
-            time.sleep(0.005)
-            late = time.monotonic() - begin - 0.005
-            if late > 0.001:
-                self.seconds += late
-                self.worst = max(self.worst, late)
 
 
 class Limits(Case):
