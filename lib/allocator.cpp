@@ -409,6 +409,17 @@ Allocator::Counts Allocator::counts() const {
     return {end_, free_count_, punching_, retired_.load(std::memory_order_relaxed), !unloaded_region()};
 }
 
+std::uint64_t Allocator::uncounted() const {
+    const std::uint64_t stop = end(), region_clusters = refcounts_.region_clusters();
+    std::uint64_t n = 0;
+    for (std::uint64_t r = 0; r * region_clusters < stop; ++r)
+        if (!refcounts_.linked(r))
+            n += std::min(region_clusters, stop - r * region_clusters);
+    return n;
+}
+
+bool Allocator::ends_uncounted() const { return !refcounts_.linked((end() - 1) / refcounts_.region_clusters()); }
+
 std::uint64_t Allocator::waiting_to_punch_bytes() const {
     const Lock guard(mutex_);
     return geometry_.bytes(queued_);

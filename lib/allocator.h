@@ -141,6 +141,14 @@ class Allocator {
     bool punch_step(std::uint64_t max_bytes);
     /// Shortens the file by up to `max_bytes` of free tail, but not below `floor`; false when nothing is left to do.
     bool truncate_step(std::uint64_t max_bytes, HostCluster floor);
+    /// Clusters of the file in regions that no refcount block describes. They are not free: whether they are
+    /// somebody's, a walk must say.
+    std::uint64_t uncounted() const;
+    /// Whether the last cluster of the file is one of them.
+    bool ends_uncounted() const;
+    /// Shortens the file by up to `max_bytes` of such clusters at its end; false when there are none. For the commit
+    /// leader, who alone puts something there.
+    bool truncate_uncounted_step(std::uint64_t max_bytes);
     /// Runs `task(end())` while the file's length stays as it is.
     void with_fixed_length(const std::function<void(std::uint64_t)> &task);
     /// Neither reuse nor give anything back from now on.

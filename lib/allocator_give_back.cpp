@@ -180,4 +180,17 @@ bool Allocator::truncate_step(std::uint64_t max_bytes, HostCluster floor) {
     return true;
 }
 
+bool Allocator::truncate_uncounted_step(std::uint64_t max_bytes) {
+    const Lock length_guard(length_mutex_);
+    if (poisoned_.load(std::memory_order_acquire) || !ends_uncounted())
+        return false;
+    const std::uint64_t first = round_down(end() - 1, refcounts_.region_clusters());
+    const std::uint64_t most = std::max<std::uint64_t>(max_bytes / geometry_.cluster_size(), 1);
+    const std::uint64_t new_end = end() - std::min(end() - first, most);
+    file_.truncate(geometry_.bytes(new_end));
+    const Lock guard(mutex_);
+    resize_maps(new_end); // nothing there was free
+    return true;
+}
+
 } // namespace qlean

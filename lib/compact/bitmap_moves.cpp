@@ -75,9 +75,7 @@ std::uint64_t bitmap_clusters_beyond(State &state, HostCluster end) {
     std::uint64_t n = 0;
     if (!state.bitmaps)
         return n;
-    state.write_back.lead([&] {
-        state.bitmaps->each_run([&](HostRun run) { n += clusters_beyond(run, end); });
-    });
+    state.write_back.lead([&] { state.bitmaps->each_run([&](HostRun run) { n += clusters_beyond(run, end); }); });
     return n;
 }
 

@@ -41,6 +41,7 @@ void Compact::prepare(const StopCheck &stop) {
     pinned_ = cluster_count(survey.pinned);
     gauges_.pinned = static_cast<std::int64_t>(pinned_);
     empty_tables_ = {survey.empty_tables.begin(), survey.empty_tables.end()};
+    uncounted_is_nobodys_ = survey.uncounted_is_nobodys;
     lacks_copied_flags_ = survey.lacks_copied_flags || !surplus_.empty();
     if (!leaked_.empty() || !surplus_.empty())
         watch_ = std::move(watch);
@@ -54,7 +55,7 @@ void Compact::prepare(const StopCheck &stop) {
         look_at_snapshots(stop);
     // A free tail, such as a killed server leaves, is worth a FLUSH even if nothing moves; so are counts that are too
     // high and flags that are missing.
-    if (!surplus_.empty() || lacks_copied_flags_ || state_.allocator.highest_in_use({0}).value < state_.allocator.end())
+    if (!surplus_.empty() || lacks_copied_flags_ || has_free_tail())
         gauges_.pending = static_cast<std::int64_t>(++layout_.pending);
     prepared_ = true;
 }
@@ -85,9 +86,21 @@ std::uint64_t Compact::taken_out_of_live() const {
 }
 
 /// With mutex_ held.
+bool Compact::has_free_tail() const {
+    return state_.allocator.highest_in_use({0}).value < state_.allocator.end() ||
+           (uncounted_is_nobodys_ && state_.allocator.ends_uncounted());
+}
+
+/// With mutex_ held.
+std::uint64_t Compact::live() const {
+    const std::uint64_t all = state_.allocator.counts().live();
+    return all - std::min(all, uncounted_is_nobodys_ ? state_.allocator.uncounted() : 0);
+}
+
+/// With mutex_ held.
 void Compact::measure() {
-    const std::uint64_t live = has_packs_ ? live_goal_ + taken_out_of_live() : state_.allocator.counts().live();
-    layout_ = Layout::measure(state_, live, cluster_count(leaked_), empty_tables_.size());
+    layout_ = Layout::measure(state_, has_packs_ ? live_goal_ + taken_out_of_live() : live(), cluster_count(leaked_),
+                              empty_tables_.size());
     if (state_.snapshots.any())
         layout_.pending += snapshot_work_.pending;
     gauges_.ideal_end = static_cast<std::int64_t>(state_.geometry.bytes(layout_.end.value));

@@ -27,7 +27,7 @@ void Compact::measure_packs(const Packs &packs) {
         slack_ += g.clusters_for(unplaced + unplaced / 2);
     packs_changed_ = false;
 
-    const std::uint64_t live = state_.allocator.counts().live(), taken_out = taken_out_of_live();
+    const std::uint64_t live = this->live(), taken_out = taken_out_of_live();
     const auto is_free = [&](HostCluster c) { return state_.allocator.is_free(c); };
     // Decided once: what an estimate promises and does not come true must not be tried again and again.
     std::vector<bool> emptied;
@@ -77,7 +77,7 @@ void Compact::refresh(const StopCheck &stop) {
     }
     if (snapshots_changed_ && state_.snapshots.any())
         look_at_snapshots(stop);
-    if (was_open && state_.allocator.highest_in_use({0}).value < state_.allocator.end())
+    if (was_open && has_free_tail())
         gauges_.pending = static_cast<std::int64_t>(++layout_.pending);
 }
 

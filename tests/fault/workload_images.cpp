@@ -45,6 +45,14 @@ ImagePlan half_compressed(std::uint64_t seed) {
     return plan;
 }
 
+/// Of one in four the file goes on, for up to four refcount blocks' worth of 512-byte clusters.
+Bytes with_tail(Bytes image, std::uint64_t seed) {
+    const std::uint64_t chosen = std::mt19937_64(seed + 2)();
+    if (chosen % 4 == 0)
+        image.resize(image.size() + (1 + chosen / 4 % 1024) * 512, std::byte{0xaa});
+    return image;
+}
+
 /// Two snapshots with a guest's work between them and after, in the image of `plan`.
 Bytes with_snapshots_in(const ImagePlan &plan, std::uint64_t seed) {
     const auto used = [&](Bytes bytes, int steps) {
@@ -72,7 +80,9 @@ Bytes empty_small(std::uint64_t) { return empty_image(128 * 1024, 512); }
 Bytes empty_host_blocks(std::uint64_t) { return empty_image(1024 * 1024, 4096, 2); }
 Bytes empty_usual(std::uint64_t) { return empty_image(1024 * 1024, 65536); }
 Bytes empty_to_grow(std::uint64_t) { return empty_image(3 * 1024 * 1024, 512); }
-Bytes scattered_small(std::uint64_t seed) { return build_image(scattered(9, 128 * 1024, 3, seed)).bytes; }
+Bytes scattered_small(std::uint64_t seed) {
+    return with_tail(build_image(scattered(9, 128 * 1024, 3, seed)).bytes, seed);
+}
 Bytes scattered_host_blocks(std::uint64_t seed) { return build_image(scattered(12, 512 * 1024, 2, seed)).bytes; }
 Bytes scattered_subclusters(std::uint64_t seed) {
     ImagePlan plan = scattered(14, 512 * 1024, 2, seed);
@@ -97,7 +107,7 @@ Bytes metadata_at_the_end(std::uint64_t seed) {
     plan.table_clusters = 1 + random() % 3;
     if (random() % 2)
         plan.leaked = {host + 1400, host + 1401};
-    return build_image(plan).bytes;
+    return with_tail(build_image(plan).bytes, seed);
 }
 Bytes with_snapshots(std::uint64_t seed) { return with_snapshots_in(scattered(9, 64 * 1024, 4, seed), seed); }
 Bytes compressed_image(std::uint64_t seed) { return build_image(half_compressed(seed)).bytes; }
