@@ -11,6 +11,7 @@
 #include <fmt/format.h>
 #include <libnbd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <exception>
 #include <poll.h>
@@ -88,7 +89,22 @@ nbd_handle *negotiate(const Target &target) {
     return handle;
 }
 
+// The server shows that it is ours, and nothing of what is for maintainers.
+bool refuses_maintenance(const Target &target) {
+    try {
+        const std::vector<std::string> names = Connection::list_exports(target);
+        const auto is_for_all = [](const std::string &name) { return name.empty() || name == "status"; };
+        return std::find(names.begin(), names.end(), "status") != names.end() &&
+               std::all_of(names.begin(), names.end(), is_for_all);
+    } catch (const Failure &) {
+        return false;
+    }
+}
+
 } // namespace
+
+const char *const maintenance_refused =
+    "this server does not let you maintain the disk: its 'maintenance' parameter says who may";
 
 std::string nbd_error_text() {
     const char *raw = ::nbd_get_error();
@@ -112,6 +128,9 @@ Connection::Connection(const Target &target, const std::string &export_name)
             ::nbd_opt_abort(handle_.get());
         }
         if (error == ENOENT || error == EINVAL) {
+            if (refuses_maintenance(target)) {
+                throw Failure(maintenance_refused);
+            }
             throw Failure(fmt::format("{} has no export '{}', or cannot open it; is it nbdkit with the qcow2 plugin of "
                                       "qlean? Its log may say more{}",
                                       target.name(), export_name, target.server_words()));

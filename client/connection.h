@@ -41,6 +41,9 @@ class RequestRefused : public Failure {
     using Failure::Failure;
 };
 
+// Of a server that shows nothing but the disk and its status.
+extern const char *const maintenance_refused;
+
 class Connection {
   public:
     // Throws if the server cannot be reached or has no such export.

@@ -35,7 +35,7 @@ std::vector<std::string> maintenance_exports(const Target &target) {
     const bool has_status = std::find(names.begin(), names.end(), "status") != names.end();
     std::erase_if(names, [](const std::string &name) { return !is_operation(name); });
     if (names.empty() && has_status) {
-        throw Failure("this server does not let you maintain the disk: its 'maintenance' parameter says who may");
+        throw Failure(maintenance_refused);
     }
     if (names.empty()) { // it hides its list
         return {"zeroes", "compact"};

@@ -10,12 +10,14 @@
 #include <CLI/CLI.hpp>
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <fcntl.h>
+#include <iostream>
 #include <system_error>
 #include <unistd.h>
 
@@ -67,6 +69,24 @@ void take_size(ResizeOptions &options, const std::string &text) {
     options.bytes = *bytes;
 }
 
+// A missing command is what CLI11 complains of also where the command is there, misspelt.
+void require_known_word(const CLI::App &app, int argc, char **argv) {
+    const auto all = [](const CLI::App *) { return true; };
+    const CLI::App *at = &app;
+    for (int i = 1; i < argc; ++i) {
+        const auto known = at->get_subcommands(all);
+        if (known.empty()) {
+            return;
+        }
+        const auto it =
+            std::find_if(known.begin(), known.end(), [&](const CLI::App *one) { return one->get_name() == argv[i]; });
+        if (it == known.end()) {
+            throw Failure(fmt::format("there is no command '{}'; 'qlean --help' lists them", argv[i]), ExitCode::usage);
+        }
+        at = *it;
+    }
+}
+
 int run(int argc, char **argv) {
     CLI::App app("qlean keeps QCOW2 images lean while their virtual machines run.", "qlean");
     app.set_version_flag("--version", "qlean " QLEAN_VERSION);
@@ -101,7 +121,8 @@ int run(int argc, char **argv) {
             "Stop after that time and keep what was gained; suffixes s, m, h, d")
         ->type_name("TIME");
     compact_command->add_flag("--fast", compact.fast, "Take all there is, even if the guest has to wait for it");
-    compact_command->add_flag("!--no-zeroes", compact.zeroes, "Do not read data looking for zeroes");
+    compact_command->add_flag_callback(
+        "--no-zeroes", [&] { compact.zeroes = false; }, "Do not read data looking for zeroes");
     compact_command->add_flag("-n,--dry-run", compact.dry_run, "Only show what would be done");
     compact_command->add_flag("--json", compact.json, "Print a summary as JSON on stdout");
     compact_command->add_flag("-q,--quiet", compact.quiet, "Show no progress");
@@ -145,7 +166,8 @@ int run(int argc, char **argv) {
     serve_command->add_option("-t,--threads", serve.threads, "Worker threads for each connection")
         ->check(CLI::Range(1, 1024));
     serve_command->add_flag("-r,--read-only", serve.read_only, "Serve read-only");
-    serve_command->add_flag("!--no-filter", serve.filter, "Do not load the reclaim filter");
+    serve_command->add_flag_callback(
+        "--no-filter", [&] { serve.filter = false; }, "Do not load the reclaim filter");
     serve_command->add_option("--nbdkit", serve.nbdkit.program, "The nbdkit to run")->type_name("PATH");
     add_image(serve_command, serve.nbdkit);
     serve_command->add_option("NBDKIT-ARGS", serve.extra, "After --: more arguments for nbdkit");
@@ -154,12 +176,19 @@ int run(int argc, char **argv) {
     try {
         app.parse(argc, argv);
     } catch (const CLI::ParseError &e) {
+        if (e.get_exit_code() == static_cast<int>(CLI::ExitCodes::RequiredError)) {
+            require_known_word(app, argc, argv);
+        }
         // The 2 of `check` means corruptions.
         const ExitCode usage = app.got_subcommand(check_command) ? ExitCode::error : ExitCode::usage;
-        return app.exit(e) == 0 ? 0 : static_cast<int>(usage);
+        if (app.exit(e) != 0) {
+            return static_cast<int>(usage);
+        }
+        std::cout.flush(); // help and version
+        code = ExitCode::done;
     }
     // A result that could not be written is no result: a full disk must not look like success.
-    if (std::fflush(stdout) != 0) {
+    if (std::fflush(stdout) != 0 || !std::cout) {
         throw Failure(fmt::format("cannot write to standard output: {}", std::strerror(errno)));
     }
     return static_cast<int>(code);

@@ -12,6 +12,7 @@
 #include <csignal>
 #include <cstring>
 #include <fcntl.h>
+#include <string_view>
 #include <unistd.h>
 
 namespace qlean::signals {
@@ -19,6 +20,7 @@ namespace qlean::signals {
 namespace {
 
 std::atomic<int> caught{0};
+std::atomic<bool> begun{false};
 std::atomic<int> write_end{-1};
 int read_end = -1;
 
@@ -31,7 +33,7 @@ static_assert(std::atomic<int>::is_always_lock_free && std::atomic<bool>::is_alw
 void handler(int number) {
     const int saved = errno;
     int nobody = 0;
-    if (write_end.load() != -1 && caught.compare_exchange_strong(nobody, number)) {
+    if (begun.load() && number != SIGQUIT && caught.compare_exchange_strong(nobody, number)) {
         const char byte = 0;
         // The pipe is only a wake-up; the flag above is what counts, so a full pipe does not matter.
         [[maybe_unused]] const auto written = ::write(write_end.load(), &byte, 1);
@@ -39,6 +41,11 @@ void handler(int number) {
         if (leftovers.load()) {
             ::unlink(socket_buffer);
             ::rmdir(directory_buffer);
+        }
+        if (write_end.load() != -1 && !begun.load() && number != SIGQUIT) {
+            constexpr std::string_view words = "qlean: stopped by a signal; nothing was begun\n";
+            [[maybe_unused]] const auto written = ::write(STDERR_FILENO, words.data(), words.size());
+            ::_exit(static_cast<int>(ExitCode::stopped));
         }
         ::signal(number, SIG_DFL);
         ::raise(number);
@@ -50,7 +57,7 @@ void catch_signals() {
     struct sigaction action {};
     action.sa_handler = handler;
     action.sa_flags = SA_RESTART; // calls that libnbd makes for us finish; our own poll() is woken by the pipe
-    for (const int number : {SIGINT, SIGTERM, SIGHUP}) {
+    for (const int number : {SIGINT, SIGTERM, SIGHUP, SIGQUIT}) {
         struct sigaction old {};
         ::sigaction(number, nullptr, &old);
         if (number == SIGHUP && old.sa_handler == SIG_IGN) {
@@ -73,6 +80,8 @@ void install() {
     // A closed pipe on stdout must not cut off the drain.
     ::signal(SIGPIPE, SIG_IGN);
 }
+
+void begin() { begun = true; }
 
 void install_removal() {
     if (write_end.load() == -1) {

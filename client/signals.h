@@ -3,17 +3,21 @@
 //
 // Turns SIGINT, SIGTERM and SIGHUP into a wish to stop that the main loop notices; the handler itself only sets a flag
 // and writes one byte. The second signal no longer waits for the server: it removes the registered files and dies. So
-// does the first one of a command that has nothing to finish.
+// does the first one of a command that has nothing to finish, and of one that has not begun.
 #pragma once
 
 #include <string>
 
 namespace qlean::signals {
 
-// Call once, before any connection exists. A SIGHUP that was ignored (nohup) stays ignored.
+// Call once, before any connection exists. A SIGHUP that was ignored (nohup) stays ignored. Until there is something
+// to finish, a signal ends the program as stopped, whatever it waits for.
 void install();
 
-// For who registers files: after this every such signal removes them. Changes nothing after install().
+// From now on there is something to finish.
+void begin();
+
+// For who registers files: after this every such signal, and SIGQUIT, removes them. Changes nothing after install().
 void install_removal();
 
 bool stop_requested();

@@ -29,14 +29,16 @@ std::string name_in(const Header &header, const std::string &image) {
     if (name.find(':') < name.find('/'))
         throw Error(
             Error::Kind::unsupported, ENOTSUP,
-            fmt::format("'{}' keeps its data in '{}', which is not a plain file name; name the file with data-file=",
+            fmt::format("'{}' keeps its data in '{}', which is not a plain file name; name the file with data-file= "
+                        "(qlean: --data-file)",
                         image, name));
     return name;
 }
 
 [[noreturn]] void throw_missing(const std::string &image, const std::string &what) {
     throw Error(Error::Kind::io, ENOENT,
-                fmt::format("'{}' keeps the guest's data in another file, {}; put it there, or name it with data-file=",
+                fmt::format("'{}' keeps the guest's data in another file, {}; put it there, or name it with data-file= "
+                            "(qlean: --data-file)",
                             image, what));
 }
 
@@ -72,7 +74,8 @@ std::string find_data_file(const Header &header, const std::string &path, const 
             Error::Kind::unsupported, EINVAL,
             fmt::format(
                 "'{}' keeps the guest's data in '{}': there is such a file beside the image, and another in the "
-                "current directory, which is where QEMU looks; name the right one with data-file=",
+                "current directory, which is where QEMU looks; name the right one with data-file= "
+                "(qlean: --data-file)",
                 path, name));
     if (!here && !there)
         throw_missing(path, fmt::format("'{}', which is neither beside the image nor in the current directory", name));

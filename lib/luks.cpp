@@ -125,7 +125,8 @@ std::optional<LuksUnlocked> unlock_image(File &file, const Header &header, const
     if (passphrase == nullptr)
         throw Error(
             Error::Kind::denied, EACCES,
-            fmt::format("'{}' is encrypted: give its passphrase with passphrase=+FILE, or passphrase=- to be asked",
+            fmt::format("'{}' is encrypted: give its passphrase with passphrase=+FILE, or passphrase=- to be asked "
+                        "(qlean: --passphrase-file FILE)",
                         name));
     std::vector<std::byte> bytes(pointer.length);
     file.read(bytes, pointer.at);

@@ -202,7 +202,7 @@ class PrivateServer(Case):
 
     def test_a_signal_to_what_has_nothing_to_finish_leaves_no_files(self):
         slow = self.stand_in("exec sleep 60")
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             for arguments in (["status"], ["check"], ["snapshot", "list"]):
                 with self.subTest(signal=number, arguments=arguments):
                     process = subprocess.Popen([self.qlean, *arguments, "--nbdkit", slow, self.image()], env=self.env,

@@ -60,6 +60,21 @@ class Signals(Case):
                 self.assertEqual(client.returncode, STOPPED)
         self.assertEqual(events(server.log(), "cache"), [])
 
+    def test_while_nothing_has_begun(self):
+        # Accepts, and never says a word.
+        path = os.path.join(self.dir, "silent")
+        with socket.socket(socket.AF_UNIX) as silent:
+            silent.bind(path)
+            silent.listen()
+            for arguments in (["compact"], ["compact", "--json"], ["compact", "-n"], ["plan"]):
+                with self.subTest(arguments=arguments):
+                    client = self.start_qlean(*arguments, path)
+                    with silent.accept()[0]:
+                        client.send_signal(signal.SIGINT)
+                        _, stderr = client.communicate(timeout=2)
+                    self.assertEqual(client.returncode, STOPPED)
+                    self.assert_one_sentence(stderr, "stopped by a signal; nothing was begun")
+
     def test_nohup(self):
         server = self.server("size=256M", "todo=compact:0+128M", "cache-ms=30", "version=1.32.5")
         client = self.start_qlean("compact", "--no-zeroes", server.socket,

@@ -104,7 +104,9 @@ class StatusPlan(Case):
 
     def test_unknown_export(self):
         server = self.server("size=64M")
-        self.assert_one_sentence(self.run_qlean("plan", server.socket, "nope", code=ERROR).stderr, "'nope'")
+        result = self.run_qlean("plan", server.socket, "nope", code=ERROR)
+        self.assert_one_sentence(result.stderr, "'nope'")
+        self.assertEqual(result.stdout, "")
 
     def test_server_without_structured_replies(self):
         server = self.server("size=64M", arguments=["--no-sr"])

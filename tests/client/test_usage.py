@@ -17,7 +17,9 @@ class Usage(Case):
         self.refuse(says="subcommand is required")
 
     def test_unknown_command(self):
-        self.refuse("shrink", "x")
+        self.refuse("shrink", "x", says="'shrink'")
+        self.refuse("--halp", says="'--halp'")
+        self.refuse("snapshot", "remove", says="'remove'")
 
     def test_missing_target(self):
         for command in ("status", "plan", "compact", "serve"):
@@ -52,8 +54,17 @@ class Usage(Case):
     def test_help_and_version(self):
         self.assertIn("compact", self.run_qlean("--help").stdout)
         for command in ("status", "plan", "compact", "serve"):
-            self.assertIn("--", self.run_qlean(command, "--help").stdout)
+            text = self.run_qlean(command, "--help").stdout
+            self.assertIn("--", text)
+            self.assertNotIn("{", text)
         self.assertRegex(self.run_qlean("--version").stdout, r"^qlean \d+\.\d+\.\d+\n$")
+
+    def test_help_that_cannot_be_written(self):
+        for option in ("--help", "--version"):
+            with open("/dev/full", "w") as full:
+                result = subprocess.run([QLEAN, option], stdout=full, stderr=subprocess.PIPE, text=True, timeout=10)
+            self.assertEqual(result.returncode, ERROR)
+            self.assert_one_sentence(result.stderr, "cannot write to standard output")
 
     def test_target_that_is_nothing(self):
         self.assert_one_sentence(self.run_qlean("status", self.dir, code=ERROR).stderr, self.dir, "neither")

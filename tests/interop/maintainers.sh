@@ -52,8 +52,15 @@ serve maintenance=root
 may root && may_not nobody
 grep -q "export 'compact' is not for this client (maintenance=)" "$W/server$SERVERS.log" || fail "the log does not say why"
 grep -q "export 'reclaim' is not for this client (maintenance=)" "$W/server$SERVERS.log" || fail "the log does not say why"
-expect_failure "nobody's qlean compact" setpriv --reuid=nobody --regid=65534 --clear-groups "$QLEAN" compact "$SOCK"
-grep -q "this server does not let you maintain the disk" "$W/failed.txt" || fail "it says: $(cat "$W/failed.txt")"
+for command in "compact" "check" "snapshot list" "resize" "plan"; do
+    size=
+    [ "$command" = resize ] && size=+1M
+    # shellcheck disable=SC2086
+    expect_failure "nobody's qlean $command" \
+        setpriv --reuid=nobody --regid=65534 --clear-groups "$QLEAN" $command "$SOCK" $size
+    grep -q "this server does not let you maintain the disk" "$W/failed.txt" || fail "it says: $(cat "$W/failed.txt")"
+    [ "$(grep -c . "$W/failed.txt")" = 1 ] || fail "it says more than one sentence: $(cat "$W/failed.txt")"
+done
 "$QLEAN" compact -q "$SOCK" >/dev/null
 stop_server
 serve maintenance=no
