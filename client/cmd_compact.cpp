@@ -169,10 +169,13 @@ ExitCode dry_run(const Target &target, const CompactOptions &options) {
             bytes += range.length;
             ranges += 1;
         };
-        read_ranges(*connection, count);
+        if (!read_ranges(*connection, count, [] { return !signals::stop_requested(); })) {
+            throw Failure("stopped before the plan was complete; nothing was changed", ExitCode::stopped);
+        }
         operations.push_back({{"export", name}, {"planned_bytes", bytes}, {"planned_ranges", ranges}});
         if (!options.json) {
             fmt::print("{:<12} {:>18} {:>10}\n", name, show_bytes(bytes), ranges);
+            std::fflush(stdout); // what is known stays, also after a signal
         }
     }
     // The last connection is to `compact` and still open: the end it computed for its plan is the one we read.
@@ -206,6 +209,9 @@ ExitCode run_compact(const CompactOptions &options) {
     }
     const StopCondition stop(deadline);
     Target target(options.target, options.dry_run ? Access::read_only : Access::read_write, options.nbdkit);
+    if (!target.is_private()) {
+        signals::not_begun();
+    }
     if (options.dry_run) {
         const ExitCode code = dry_run(target, options);
         target.finish();

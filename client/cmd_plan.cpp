@@ -34,7 +34,9 @@ Totals read_totals(const Target &target, const std::string &name, const std::fun
         totals.ranges += 1;
         each(range);
     };
-    read_ranges(connection, take);
+    if (!read_ranges(connection, take, [] { return !signals::stop_requested(); })) {
+        throw Failure("stopped before the plan was complete", ExitCode::stopped);
+    }
     return totals;
 }
 
@@ -54,6 +56,7 @@ void print_tables(const Target &target, const std::vector<std::string> &names, b
         for (const Range &range : ranges) {
             fmt::print("{:>20} {:>20}\n", range.offset, range.length);
         }
+        std::fflush(stdout); // what is known stays, also after a signal
     }
 }
 
@@ -84,6 +87,9 @@ ExitCode run_plan(const PlanOptions &options) {
         require_operation(options.export_name);
     }
     Target target(options.target, Access::read_only, options.nbdkit);
+    if (!target.is_private()) {
+        signals::not_begun();
+    }
     const std::vector<std::string> names =
         options.export_name.empty() ? maintenance_exports(target) : std::vector{options.export_name};
     if (options.json) {

@@ -128,7 +128,7 @@ Connection::Connection(const Target &target, const std::string &export_name)
             ::nbd_opt_abort(handle_.get());
         }
         if (error == ENOENT || error == EINVAL) {
-            if (refuses_maintenance(target)) {
+            if (!export_name.empty() && export_name != "status" && refuses_maintenance(target)) {
                 throw Failure(maintenance_refused);
             }
             throw Failure(fmt::format("{} has no export '{}', or cannot open it; is it nbdkit with the qcow2 plugin of "

@@ -60,8 +60,7 @@ class PlanBuilder {
 
 // Calls `each` for every range to do, ascending and coalesced across replies. Stops early when `keep_going` says no.
 // Returns false if it was stopped.
-bool read_ranges(
-    Connection &connection, const std::function<void(Range)> &each,
-    const std::function<bool()> &keep_going = [] { return true; });
+bool read_ranges(Connection &connection, const std::function<void(Range)> &each,
+                 const std::function<bool()> &keep_going);
 
 } // namespace qlean

@@ -161,9 +161,9 @@ void PrivateServer::start(const std::string &image, Access access, const Nbdkit 
 
 void PrivateServer::wait_until_listening(const std::string &image) {
     for (;;) {
-        pollfd ready = {ready_, POLLIN, 0};
-        const bool heard = ::poll(&ready, 1, look_again_ms) > 0;
-        if (heard && (ready.revents & POLLIN) != 0) {
+        pollfd events[2] = {{ready_, POLLIN, 0}, {signals::wake_fd(), POLLIN, 0}};
+        const bool heard = ::poll(events, 2, look_again_ms) > 0;
+        if (heard && (events[0].revents & POLLIN) != 0) {
             return;
         }
         int status = 0;
@@ -174,6 +174,8 @@ void PrivateServer::wait_until_listening(const std::string &image) {
                                                       how_it_ended(status))
                                         : fmt::format("cannot serve {}: nbdkit: {}", image, words));
         }
+        if (signals::stop_requested()) // a repair that ends with it is finished by the next one
+            throw Failure(fmt::format("stopped before {} was ready", image), ExitCode::stopped);
         if (heard) { // nobody has the pipe any more, and the server has not ended
             std::this_thread::sleep_for(std::chrono::milliseconds(look_again_ms));
         }

@@ -20,7 +20,7 @@ namespace qlean::signals {
 namespace {
 
 std::atomic<int> caught{0};
-std::atomic<bool> begun{false};
+std::atomic<bool> begun{true};
 std::atomic<int> write_end{-1};
 int read_end = -1;
 
@@ -33,7 +33,7 @@ static_assert(std::atomic<int>::is_always_lock_free && std::atomic<bool>::is_alw
 void handler(int number) {
     const int saved = errno;
     int nobody = 0;
-    if (begun.load() && number != SIGQUIT && caught.compare_exchange_strong(nobody, number)) {
+    if (write_end.load() != -1 && begun.load() && number != SIGQUIT && caught.compare_exchange_strong(nobody, number)) {
         const char byte = 0;
         // The pipe is only a wake-up; the flag above is what counts, so a full pipe does not matter.
         [[maybe_unused]] const auto written = ::write(write_end.load(), &byte, 1);
@@ -42,7 +42,7 @@ void handler(int number) {
             ::unlink(socket_buffer);
             ::rmdir(directory_buffer);
         }
-        if (write_end.load() != -1 && !begun.load() && number != SIGQUIT) {
+        if (!begun.load() && number != SIGQUIT) {
             constexpr std::string_view words = "qlean: stopped by a signal; nothing was begun\n";
             [[maybe_unused]] const auto written = ::write(STDERR_FILENO, words.data(), words.size());
             ::_exit(static_cast<int>(ExitCode::stopped));
@@ -60,7 +60,7 @@ void catch_signals() {
     for (const int number : {SIGINT, SIGTERM, SIGHUP, SIGQUIT}) {
         struct sigaction old {};
         ::sigaction(number, nullptr, &old);
-        if (number == SIGHUP && old.sa_handler == SIG_IGN) {
+        if ((number == SIGHUP || number == SIGQUIT) && old.sa_handler == SIG_IGN) {
             continue;
         }
         ::sigaction(number, &action, nullptr);
@@ -81,6 +81,7 @@ void install() {
     ::signal(SIGPIPE, SIG_IGN);
 }
 
+void not_begun() { begun = false; }
 void begin() { begun = true; }
 
 void install_removal() {

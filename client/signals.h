@@ -10,11 +10,12 @@
 
 namespace qlean::signals {
 
-// Call once, before any connection exists. A SIGHUP that was ignored (nohup) stays ignored. Until there is something
-// to finish, a signal ends the program as stopped, whatever it waits for.
+// Call once, before any connection exists. A SIGHUP or SIGQUIT that was ignored stays ignored (nohup; a script's `&`).
 void install();
 
-// From now on there is something to finish.
+// Nothing has begun on the server: until begin() the first signal, too, ends the program, as stopped, whatever it waits
+// for. Not for a private server, which is to close its image first.
+void not_begun();
 void begin();
 
 // For who registers files: after this every such signal, and SIGQUIT, removes them. Changes nothing after install().

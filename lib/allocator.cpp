@@ -409,16 +409,27 @@ Allocator::Counts Allocator::counts() const {
     return {end_, free_count_, punching_, retired_.load(std::memory_order_relaxed), !unloaded_region()};
 }
 
+std::uint64_t Allocator::uncounted_in_use(HostCluster first) const {
+    const std::uint64_t stop = end(), region_clusters = refcounts_.region_clusters();
+    if (nobodys_.load(std::memory_order_acquire) || stop <= first.value)
+        return 0;
+    return std::min(stop - first.value, region_clusters - first.value % region_clusters);
+}
+
 std::uint64_t Allocator::uncounted() const {
     const std::uint64_t stop = end(), region_clusters = refcounts_.region_clusters();
     std::uint64_t n = 0;
+    if (!nobodys_.load(std::memory_order_acquire))
+        return n;
     for (std::uint64_t r = 0; r * region_clusters < stop; ++r)
         if (!refcounts_.linked(r))
             n += std::min(region_clusters, stop - r * region_clusters);
     return n;
 }
 
-bool Allocator::ends_uncounted() const { return !refcounts_.linked((end() - 1) / refcounts_.region_clusters()); }
+bool Allocator::ends_uncounted() const {
+    return nobodys_.load(std::memory_order_acquire) && !refcounts_.linked((end() - 1) / refcounts_.region_clusters());
+}
 
 std::uint64_t Allocator::waiting_to_punch_bytes() const {
     const Lock guard(mutex_);

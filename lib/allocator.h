@@ -141,8 +141,13 @@ class Allocator {
     bool punch_step(std::uint64_t max_bytes);
     /// Shortens the file by up to `max_bytes` of free tail, but not below `floor`; false when nothing is left to do.
     bool truncate_step(std::uint64_t max_bytes, HostCluster floor);
-    /// Clusters of the file in regions that no refcount block describes. They are not free: whether they are
-    /// somebody's, a walk must say.
+    /// Clusters of the file in regions that no refcount block describes may be somebody's until a walk has said that
+    /// they are not. Nobody is given one, so it stays true; when they get a block they are free then.
+    void uncounted_are_nobodys() { nobodys_.store(true, std::memory_order_release); }
+    /// From `first`, of a region without a block, to the end of the region or of the file: those that may be
+    /// somebody's.
+    std::uint64_t uncounted_in_use(HostCluster first) const;
+    /// All that are nobody's.
     std::uint64_t uncounted() const;
     /// Whether the last cluster of the file is one of them.
     bool ends_uncounted() const;
@@ -249,7 +254,7 @@ class Allocator {
     std::vector<bool> known_metadata_; // protected by load_mutex_
     HostRun embargo_ PROTECTED_BY(mutex_){};
     std::vector<Watch *> watches_ PROTECTED_BY(mutex_);
-    std::atomic<bool> poisoned_{false};
+    std::atomic<bool> poisoned_{false}, nobodys_{false};
 };
 
 } // namespace qlean

@@ -82,10 +82,10 @@ void WriteBack::link_regions(const std::vector<std::uint64_t> &regions) {
 }
 
 /// Clusters at the beginning of a region without a block that are in the file. Who knows what is in them: of a damaged
-/// image they may be the guest's. They are counted, so that nobody gets them; what is a leak, a walk finds.
+/// image they may be the guest's. They are counted, so that nobody gets them; what is a leak, a walk finds. None after
+/// one.
 std::uint64_t WriteBack::uncounted_in(std::uint64_t region) const {
-    const std::uint64_t first = region * refcounts_.region_clusters(), end = allocator_.end();
-    return end <= first ? 0 : std::min(end - first, refcounts_.region_clusters());
+    return allocator_.uncounted_in_use({region * refcounts_.region_clusters()});
 }
 
 /// A refcount block in which the first clusters have a count of one.

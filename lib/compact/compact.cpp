@@ -41,7 +41,8 @@ void Compact::prepare(const StopCheck &stop) {
     pinned_ = cluster_count(survey.pinned);
     gauges_.pinned = static_cast<std::int64_t>(pinned_);
     empty_tables_ = {survey.empty_tables.begin(), survey.empty_tables.end()};
-    uncounted_is_nobodys_ = survey.uncounted_is_nobodys;
+    if (survey.uncounted_are_nobodys)
+        state_.allocator.uncounted_are_nobodys();
     lacks_copied_flags_ = survey.lacks_copied_flags || !surplus_.empty();
     if (!leaked_.empty() || !surplus_.empty())
         watch_ = std::move(watch);
@@ -87,14 +88,13 @@ std::uint64_t Compact::taken_out_of_live() const {
 
 /// With mutex_ held.
 bool Compact::has_free_tail() const {
-    return state_.allocator.highest_in_use({0}).value < state_.allocator.end() ||
-           (uncounted_is_nobodys_ && state_.allocator.ends_uncounted());
+    return state_.allocator.highest_in_use({0}).value < state_.allocator.end() || state_.allocator.ends_uncounted();
 }
 
 /// With mutex_ held.
 std::uint64_t Compact::live() const {
     const std::uint64_t all = state_.allocator.counts().live();
-    return all - std::min(all, uncounted_is_nobodys_ ? state_.allocator.uncounted() : 0);
+    return all - std::min(all, state_.allocator.uncounted());
 }
 
 /// With mutex_ held.

@@ -98,7 +98,6 @@ class Compact final : public Maintenance {
     std::vector<HostRun> leaked_ PROTECTED_BY(mutex_);
     Surplus surplus_ PROTECTED_BY(mutex_);
     std::unique_ptr<Allocator::Watch> watch_ PROTECTED_BY(mutex_); // what happened to these since they were found
-    bool uncounted_is_nobodys_ PROTECTED_BY(mutex_) = false;
     bool lacks_copied_flags_ PROTECTED_BY(mutex_) = false;
     std::set<std::uint64_t> empty_tables_ PROTECTED_BY(mutex_);
     std::uint64_t pinned_ PROTECTED_BY(mutex_) = 0;

@@ -25,25 +25,13 @@ constexpr std::size_t max_snapshot_work = 65536;
 /// What is free at the end, and what nobody has and no refcount block describes, such as a copy of a block device has.
 void Compact::cut(const StopCheck &stop) {
     Allocator &allocator = state_.allocator;
-    bool uncounted_is_nobodys;
-    {
-        const Lock guard(mutex_);
-        uncounted_is_nobodys = uncounted_is_nobodys_;
-    }
     for (bool more = true; more;) {
+        allocator.load_all(); // what got a block since the walk
         while (allocator.truncate_step(step_bytes, HostCluster{0}))
             require_going(stop);
         more = false;
-        if (!uncounted_is_nobodys || !allocator.ends_uncounted())
-            return;
-        // A region at once: a commit would link its block, in which what is left of it would be a leak.
-        state_.write_back.lead([&] {
-            while (allocator.truncate_uncounted_step(step_bytes)) {
-                more = true;
-                if (allocator.end() % state_.refcounts.region_clusters() == 0)
-                    return;
-            }
-        });
+        if (allocator.ends_uncounted())
+            state_.write_back.lead([&] { more = allocator.truncate_uncounted_step(step_bytes); });
         require_going(stop);
     }
 }

@@ -24,10 +24,8 @@ Layout Layout::measure(State &state, std::uint64_t live, std::uint64_t leaked, s
         layout.table_clusters = wanted_table * 2 <= table_now ? wanted_table : table_now;
         std::uint64_t kept = 0, unusable = 0, next_region = 0;
         for (const auto &[region, cluster] : blocks) {
-            if (region > layout.last_region)
-                break;
-            ++kept;
-            // Nothing can be put where there is no refcount block.
+            kept += region <= layout.last_region;
+            // Nothing can be put where there is no refcount block. What comes behind the last one is linked in time.
             if (const std::uint64_t gap = next_region * region_clusters; gap < end && region > next_region)
                 unusable += std::min(end, region * region_clusters) - gap;
             next_region = region + 1;

@@ -242,11 +242,11 @@ Survey verify_image(State &state, const Allocator::Watch &watch, const StopCheck
     std::uint64_t counted_end = 0;
     const std::uint64_t region_clusters = state.refcounts.region_clusters();
     // Regions without a block lie in between: nothing there is counted.
-    bool uncounted_is_nobodys = true;
+    bool uncounted_are_nobodys = true;
     const auto uncounted = [&](std::uint64_t from, std::uint64_t to) {
         for (std::uint64_t c = from; c < std::min(to, references.size()); ++c)
             if (const std::uint64_t referrers = references.of(c)) {
-                uncounted_is_nobodys = false; // also if it turns out to have changed meanwhile
+                uncounted_are_nobodys = false; // also if it turns out to have changed meanwhile
                 note(too_few, c, 0, referrers);
             }
     };
@@ -291,7 +291,7 @@ Survey verify_image(State &state, const Allocator::Watch &watch, const StopCheck
             refuse(fmt::format("host cluster {} is used twice, and one of its users may write there", c));
     const bool may_free = !state.header.header().has_unknown_extension();
     Survey survey = std::move(audit.survey);
-    survey.uncounted_is_nobodys = uncounted_is_nobodys && may_free;
+    survey.uncounted_are_nobodys = uncounted_are_nobodys && may_free;
     if (audit.snapshots_have_packs) {
         if (!survey.how_packed)
             survey.how_packed.emplace(state.geometry, most_referrers(state));

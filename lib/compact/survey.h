@@ -32,7 +32,7 @@ struct Survey {
     std::optional<Packs> how_packed; ///< set where there are compressed clusters
     std::vector<HostRun> pinned;     ///< a refcount, and no referrer that is known; stays where it is
     /// Nobody refers to what the file has where there is no refcount block.
-    bool uncounted_is_nobodys = false;
+    bool uncounted_are_nobodys = false;
     /// Entries of the active image, in L1 or L2, lack COPIED though nobody else refers to what they do: what a crash
     /// leaves.
     bool lacks_copied_flags = false;

@@ -119,6 +119,47 @@ TEST_CASE("C1: what lies behind regions without a refcount block moves below the
     CHECK(judge(s.disk->bytes()).clean());
 }
 
+TEST_CASE("C1: regions without a refcount block count in E where what is live does not fit below them") {
+    // What a copy of a device becomes on which a guest went on: all of that region is in use, and all behind it.
+    for (const std::uint64_t behind : {200, 600}) {
+        INFO(behind << " clusters behind");
+        ImagePlan plan;
+        plan.virtual_size = 1200 * cluster;
+        plan.metadata_at = 1;
+        plan.table_clusters = 2;
+        plan.map(140, 112);
+        for (std::uint64_t c = 0; c < behind; ++c)
+            plan.data[300 + c] = 80 * region + 2 * c;
+        BuiltImage built = build_image(plan);
+        REQUIRE(built.refcount_blocks.back() < 112 * cluster);
+        for (std::uint64_t r = 1; r < 80; ++r)
+            built.set_word(built.refcount_table + r * 8, 0);
+        Scene s(built.bytes);
+        const Bytes model = read_all(*s.image);
+        compact(s);
+        CHECK(s.gauges.pending == 0);
+        CHECK(s.disk->length() == static_cast<std::uint64_t>(s.gauges.ideal_end.load()));
+        Compact again(*s.image, s.ownership, s.gauges, 8);
+        for (const auto &p : again.plan({0}, s.image->size(), 1000))
+            CHECK_FALSE(p.to_do);
+        CHECK((read_all(*s.image) == model));
+        CHECK(judge(s.disk->bytes()).clean());
+    }
+}
+
+TEST_CASE("C1: a tail that gets a refcount block after the walk is free then") {
+    // Nothing is linked before the autoclear bits are cleared, which reading a plan does not do.
+    ImagePlan plan;
+    plan.map(100, 20);
+    plan.autoclear = 0xc;
+    Scene s(lengthened(build_image(plan).bytes, 9 * region + 17));
+    compact(s);
+    CHECK(s.gauges.pending == 0);
+    CHECK(s.disk->length() == static_cast<std::uint64_t>(s.gauges.ideal_end.load()));
+    CHECK(s.disk->length() < region * cluster);
+    CHECK(judge(s.disk->bytes()).clean());
+}
+
 TEST_CASE("C1: where no refcount block is, nothing is cut that an unknown header extension may refer to") {
     ImagePlan plan;
     plan.map(100, 20, 2);

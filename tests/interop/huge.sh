@@ -53,3 +53,25 @@ stop_server
 say "server's memory before compaction: $rss KiB, file length $(length "$W/huge.qcow2")"
 judge "$W/huge.qcow2"
 [ "$rss" -le 262144 ] || fail "serving 8 TiB took $rss KiB of memory"
+
+# What a copy of a block device is: the file goes on behind all that the image holds, for much more than what one refcount
+# block describes. A guest is at work on it.
+create "$W/device.qcow2" 10G
+qemu-io -c "write -P 5 0 32M" "$W/device.qcow2" >/dev/null
+truncate -s +300G "$W/device.qcow2"
+cp --sparse=always "$W/device.qcow2" "$W/file.qcow2" # and of one without a guest
+start_server "$W/device.qcow2"
+nbdsh_do "$URI" '
+for n in range(64): h.pwrite(bytes([n + 1]) * 65536, (1 << 30) + n * 131072)
+h.flush()'
+"$QLEAN" compact --no-zeroes "$SOCK" >/dev/null
+nbdsh_do "$URI" '
+assert h.pread(32 << 20, 0) == b"\5" * (32 << 20)
+for n in range(64): assert h.pread(65536, (1 << 30) + n * 131072) == bytes([n + 1]) * 65536, n'
+stop_server
+"$QLEAN" compact --no-zeroes "$W/file.qcow2" >/dev/null
+for image in device file; do
+    judge "$W/$image.qcow2"
+    say "$image: 300 GiB more than it holds, now $(length "$W/$image.qcow2")"
+    [ "$(length "$W/$image.qcow2")" -lt $((48 << 20)) ] || fail "$image.qcow2 was not cut: $(length "$W/$image.qcow2")"
+done
