@@ -175,7 +175,7 @@ ExitCode dry_run(const Target &target, const CompactOptions &options) {
         operations.push_back({{"export", name}, {"planned_bytes", bytes}, {"planned_ranges", ranges}});
         if (!options.json) {
             fmt::print("{:<12} {:>18} {:>10}\n", name, show_bytes(bytes), ranges);
-            std::fflush(stdout); // what is known stays, also after a signal
+            flush_output(); // what is known stays, also after a signal
         }
     }
     // The last connection is to `compact` and still open: the end it computed for its plan is the one we read.

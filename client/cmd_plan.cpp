@@ -56,7 +56,7 @@ void print_tables(const Target &target, const std::vector<std::string> &names, b
         for (const Range &range : ranges) {
             fmt::print("{:>20} {:>20}\n", range.offset, range.length);
         }
-        std::fflush(stdout); // what is known stays, also after a signal
+        flush_output(); // what is known stays, also after a signal
     }
 }
 

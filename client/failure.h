@@ -7,7 +7,9 @@
 // holds no control characters but ends of lines.
 #pragma once
 
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -52,5 +54,12 @@ class Failure : public std::runtime_error {
   private:
     ExitCode code_;
 };
+
+// A result that could not be written is no result: a full disk must not look like success.
+inline void flush_output() {
+    if (std::fflush(stdout) != 0) {
+        throw Failure(std::string("cannot write to standard output: ") + std::strerror(errno));
+    }
+}
 
 } // namespace qlean

@@ -184,13 +184,12 @@ int run(int argc, char **argv) {
         if (app.exit(e) != 0) {
             return static_cast<int>(usage);
         }
-        std::cout.flush(); // help and version
+        if (!std::cout.flush()) { // help and version
+            throw Failure(fmt::format("cannot write to standard output: {}", std::strerror(errno)));
+        }
         code = ExitCode::done;
     }
-    // A result that could not be written is no result: a full disk must not look like success.
-    if (std::fflush(stdout) != 0 || !std::cout) {
-        throw Failure(fmt::format("cannot write to standard output: {}", std::strerror(errno)));
-    }
+    flush_output();
     return static_cast<int>(code);
 }
 
