@@ -206,7 +206,7 @@ class PrivateServer(Case):
             for arguments in (["status"], ["check"], ["snapshot", "list"]):
                 with self.subTest(signal=number, arguments=arguments):
                     process = subprocess.Popen([self.qlean, *arguments, "--nbdkit", slow, self.image()], env=self.env,
-                                               preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
+                                               preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
                     server = wait_for(lambda: children_of(process.pid), "the stand-in")[0]
                     wait_for(lambda: os.readlink(f"/proc/{server}/exe").endswith("sleep"), "its exec")
                     self.assertNotEqual(os.listdir(self.tmp), [])
@@ -214,6 +214,20 @@ class PrivateServer(Case):
                     self.assertEqual(process.wait(5), -number)
                     self.assertEqual(os.listdir(self.tmp), [])
                     wait_for(lambda: not alive(server), "the stand-in to follow its client")
+
+    def test_an_ignored_signal_stays_ignored(self):
+        # What nohup and a script's `&` ask for.
+        slow = self.stand_in("exec sleep 60")
+        for number in (signal.SIGHUP, signal.SIGQUIT):
+            with self.subTest(signal=number):
+                process = subprocess.Popen([self.qlean, "status", "--nbdkit", slow, self.image()], env=self.env,
+                                           preexec_fn=lambda: signal.signal(number, signal.SIG_IGN))
+                wait_for(lambda: children_of(process.pid), "the stand-in")
+                process.send_signal(number)
+                with self.assertRaises(subprocess.TimeoutExpired):
+                    process.wait(0.5)
+                process.terminate()
+                process.wait(5)
 
     def test_second_signal_leaves_no_files(self):
         image = self.image("disk.qcow2", "size=1G", "todo=compact:0+1G", "cache-ms=3000", "version=1.32.5")
