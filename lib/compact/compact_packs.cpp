@@ -9,9 +9,10 @@ namespace qlean {
 namespace {
 
 constexpr int max_goal_rounds = 8;
-/// Clusters that must come free for compressed extents to be moved for their density alone.
-constexpr std::uint64_t worthwhile(std::uint64_t live) { return std::max<std::uint64_t>(live / 64, 3); }
 constexpr unsigned max_emptying_passes = 4;
+/// Clusters that must come free for compressed extents to be moved for their density alone. Each pass over the rest
+/// takes about one that it does not fill: what was gained last time would be tried again, to end higher.
+constexpr std::uint64_t worthwhile(std::uint64_t live) { return live / 64 + max_emptying_passes; }
 
 } // namespace
 
