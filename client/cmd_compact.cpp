@@ -157,9 +157,7 @@ void print_table(const Outcome &outcome) {
 
 ExitCode dry_run(const Target &target, const CompactOptions &options) {
     nlohmann::ordered_json operations = nlohmann::ordered_json::array();
-    if (!options.json) {
-        fmt::print("{:<12} {:>18} {:>10}\n", "operation", "to do", "ranges");
-    }
+    PlanTable table;
     std::optional<Connection> connection;
     for (const std::string &name : operations_to_run(target, options.zeroes)) {
         connection.emplace(target, name);
@@ -174,8 +172,7 @@ ExitCode dry_run(const Target &target, const CompactOptions &options) {
         }
         operations.push_back({{"export", name}, {"planned_bytes", bytes}, {"planned_ranges", ranges}});
         if (!options.json) {
-            fmt::print("{:<12} {:>18} {:>10}\n", name, show_bytes(bytes), ranges);
-            flush_output(); // what is known stays, also after a signal
+            table.add(name, bytes, ranges);
         }
     }
     // The last connection is to `compact` and still open: the end it computed for its plan is the one we read.

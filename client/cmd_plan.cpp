@@ -9,12 +9,10 @@
 #include "plan.h"
 #include "signals.h"
 #include "target.h"
-#include "units.h"
 
 #include <fmt/format.h>
 #include <nlohmann/json.hpp>
 
-#include <algorithm>
 #include <utility>
 
 namespace qlean {
@@ -41,7 +39,7 @@ Totals read_totals(const Target &target, const std::string &name, const std::fun
 }
 
 void print_tables(const Target &target, const std::vector<std::string> &names, bool map) {
-    bool first = true;
+    PlanTable table;
     for (const auto &name : names) {
         std::vector<Range> ranges;
         const Totals totals = read_totals(target, name, [&](Range range) {
@@ -49,14 +47,7 @@ void print_tables(const Target &target, const std::vector<std::string> &names, b
                 ranges.push_back(range);
             }
         });
-        if (std::exchange(first, false)) { // not above an error
-            fmt::print("{:<12} {:>18} {:>10}\n", "operation", "to do", "ranges");
-        }
-        fmt::print("{:<12} {:>18} {:>10}\n", name, show_bytes(totals.bytes), totals.ranges);
-        for (const Range &range : ranges) {
-            fmt::print("{:>20} {:>20}\n", range.offset, range.length);
-        }
-        flush_output(); // what is known stays, also after a signal
+        table.add(name, totals.bytes, totals.ranges, ranges);
     }
 }
 

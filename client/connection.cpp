@@ -89,22 +89,29 @@ nbd_handle *negotiate(const Target &target) {
     return handle;
 }
 
-// The server shows that it is ours, and nothing of what is for maintainers.
-bool refuses_maintenance(const Target &target) {
+// Nothing if it does not answer a second time: what it said first is to be told then.
+std::vector<std::string> exports_listed_again(const Target &target) {
     try {
-        const std::vector<std::string> names = Connection::list_exports(target);
-        const auto is_for_all = [](const std::string &name) { return name.empty() || name == "status"; };
-        return std::find(names.begin(), names.end(), "status") != names.end() &&
-               std::all_of(names.begin(), names.end(), is_for_all);
-    } catch (const Failure &) {
-        return false;
+        return Connection::list_exports(target);
+    } catch (const Failure &failure) {
+        if (failure.code() == ExitCode::stopped) {
+            throw;
+        }
+        return {};
     }
 }
 
+bool is_for_all(const std::string &name) { return name.empty() || name == "status"; }
+
 } // namespace
 
-const char *const maintenance_refused =
-    "this server does not let you maintain the disk: its 'maintenance' parameter says who may";
+void require_maintainer(const std::vector<std::string> &exports) {
+    // Its status shows that the server is ours.
+    if (std::find(exports.begin(), exports.end(), "status") != exports.end() &&
+        std::all_of(exports.begin(), exports.end(), is_for_all)) {
+        throw Failure("this server does not let you maintain the disk: its 'maintenance' parameter says who may");
+    }
+}
 
 std::string nbd_error_text() {
     const char *raw = ::nbd_get_error();
@@ -128,8 +135,8 @@ Connection::Connection(const Target &target, const std::string &export_name)
             ::nbd_opt_abort(handle_.get());
         }
         if (error == ENOENT || error == EINVAL) {
-            if (!export_name.empty() && export_name != "status" && refuses_maintenance(target)) {
-                throw Failure(maintenance_refused);
+            if (!is_for_all(export_name)) {
+                require_maintainer(exports_listed_again(target));
             }
             throw Failure(fmt::format("{} has no export '{}', or cannot open it; is it nbdkit with the qcow2 plugin of "
                                       "qlean? Its log may say more{}",

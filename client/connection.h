@@ -41,8 +41,8 @@ class RequestRefused : public Failure {
     using Failure::Failure;
 };
 
-// Of a server that shows nothing but the disk and its status.
-extern const char *const maintenance_refused;
+// Throws if that is all that a server lists for whom it does not let maintain the disk.
+void require_maintainer(const std::vector<std::string> &exports);
 
 class Connection {
   public:

@@ -17,7 +17,7 @@
 #include <cstring>
 #include <exception>
 #include <fcntl.h>
-#include <iostream>
+#include <sstream>
 #include <system_error>
 #include <unistd.h>
 
@@ -181,12 +181,11 @@ int run(int argc, char **argv) {
         }
         // The 2 of `check` means corruptions.
         const ExitCode usage = app.got_subcommand(check_command) ? ExitCode::error : ExitCode::usage;
-        if (app.exit(e) != 0) {
+        std::ostringstream help; // and version
+        if (app.exit(e, help) != 0) {
             return static_cast<int>(usage);
         }
-        if (!std::cout.flush()) { // help and version
-            throw Failure(fmt::format("cannot write to standard output: {}", std::strerror(errno)));
-        }
+        fmt::print("{}", help.str());
         code = ExitCode::done;
     }
     flush_output();

@@ -11,6 +11,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <utility>
 
 namespace qlean {
 
@@ -107,6 +108,18 @@ bool read_ranges(Connection &connection, const std::function<void(Range)> &each,
     }
     close_range();
     return true;
+}
+
+void PlanTable::add(const std::string &operation, std::uint64_t bytes, std::uint64_t ranges,
+                    const std::vector<Range> &map) {
+    if (!std::exchange(has_heading_, true)) {
+        fmt::print("{:<12} {:>18} {:>10}\n", "operation", "to do", "ranges");
+    }
+    fmt::print("{:<12} {:>18} {:>10}\n", operation, show_bytes(bytes), ranges);
+    for (const Range &range : map) {
+        fmt::print("{:>20} {:>20}\n", range.offset, range.length);
+    }
+    flush_output();
 }
 
 } // namespace qlean

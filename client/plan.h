@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -62,5 +63,16 @@ class PlanBuilder {
 // Returns false if it was stopped.
 bool read_ranges(Connection &connection, const std::function<void(Range)> &each,
                  const std::function<bool()> &keep_going);
+
+// Plans as a table on standard output: a row, and the ranges if they are wanted, as soon as a plan has been read, so
+// that what is known stays after a signal; the heading comes with the first row, not above an error.
+class PlanTable {
+  public:
+    void add(const std::string &operation, std::uint64_t bytes, std::uint64_t ranges,
+             const std::vector<Range> &map = {});
+
+  private:
+    bool has_heading_ = false;
+};
 
 } // namespace qlean

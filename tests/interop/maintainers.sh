@@ -52,7 +52,7 @@ serve maintenance=root
 may root && may_not nobody
 grep -q "export 'compact' is not for this client (maintenance=)" "$W/server$SERVERS.log" || fail "the log does not say why"
 grep -q "export 'reclaim' is not for this client (maintenance=)" "$W/server$SERVERS.log" || fail "the log does not say why"
-for command in "compact" "check" "snapshot list" "resize" "plan"; do
+for command in "compact" "compact -n" "check" "snapshot list" "resize" "plan"; do
     size=
     [ "$command" = resize ] && size=+1M
     # shellcheck disable=SC2086
