@@ -409,11 +409,11 @@ Allocator::Counts Allocator::counts() const {
     return {end_, free_count_, punching_, retired_.load(std::memory_order_relaxed), !unloaded_region()};
 }
 
-std::uint64_t Allocator::uncounted_in_use(HostCluster first) const {
-    const std::uint64_t stop = end(), region_clusters = refcounts_.region_clusters();
-    if (nobodys_.load(std::memory_order_acquire) || stop <= first.value)
+std::uint64_t Allocator::uncounted_in_use(std::uint64_t region) const {
+    if (nobodys_.load(std::memory_order_acquire))
         return 0;
-    return std::min(stop - first.value, region_clusters - first.value % region_clusters);
+    const std::uint64_t stop = end(), region_clusters = refcounts_.region_clusters();
+    return std::min(stop - std::min(stop, region * region_clusters), region_clusters);
 }
 
 std::uint64_t Allocator::uncounted() const {

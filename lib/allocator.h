@@ -115,6 +115,8 @@ class Allocator {
     std::uint64_t waiting_to_punch_bytes() const;
     /// Loads the free map of every region.
     void load_all();
+    /// That of the region which the end of the file is in.
+    void load_last_region();
     /// In use at or above `from`: the highest such cluster + 1, or `from`.
     HostCluster highest_in_use(HostCluster from) const;
     /// Free clusters below `limit`.
@@ -141,12 +143,12 @@ class Allocator {
     bool punch_step(std::uint64_t max_bytes);
     /// Shortens the file by up to `max_bytes` of free tail, but not below `floor`; false when nothing is left to do.
     bool truncate_step(std::uint64_t max_bytes, HostCluster floor);
-    /// Clusters of the file in regions that no refcount block describes may be somebody's until a walk has said that
-    /// they are not. Nobody is given one, so it stays true; when they get a block they are free then.
+    /// Clusters of the file in regions that no refcount block describes may be somebody's, if the image lost a block,
+    /// and a new block counts them; until a walk has said that they are not. Nobody is given one, so it stays true;
+    /// when they get a block they are free then.
     void uncounted_are_nobodys() { nobodys_.store(true, std::memory_order_release); }
-    /// From `first`, of a region without a block, to the end of the region or of the file: those that may be
-    /// somebody's.
-    std::uint64_t uncounted_in_use(HostCluster first) const;
+    /// At the beginning of a region without a block: those that may be somebody's.
+    std::uint64_t uncounted_in_use(std::uint64_t region) const;
     /// All that are nobody's.
     std::uint64_t uncounted() const;
     /// Whether the last cluster of the file is one of them.
@@ -223,7 +225,6 @@ class Allocator {
     std::optional<std::uint64_t> unloaded_region() const WITH_LOCK(mutex_);
 
     void load_region(std::uint64_t region);
-    void load_last_region();
     bool grow(std::uint64_t count);
     Reservation finish(std::vector<Extent> extents) WITH_LOCK(mutex_);
     void bridge(std::vector<HostRun> &withdrawn, std::uint64_t most) WITH_LOCK(mutex_);

@@ -184,9 +184,11 @@ bool Allocator::truncate_uncounted_step(std::uint64_t max_bytes) {
     const Lock length_guard(length_mutex_);
     if (poisoned_.load(std::memory_order_acquire) || !ends_uncounted())
         return false;
-    const std::uint64_t first = round_down(end() - 1, refcounts_.region_clusters());
     const std::uint64_t most = std::max<std::uint64_t>(max_bytes / geometry_.cluster_size(), 1);
-    const std::uint64_t new_end = end() - std::min(end() - first, most);
+    const std::uint64_t lowest_end = end() - std::min(end(), most);
+    std::uint64_t new_end = end();
+    while (new_end > lowest_end && !refcounts_.linked((new_end - 1) / refcounts_.region_clusters()))
+        new_end = std::max(round_down(new_end - 1, refcounts_.region_clusters()), lowest_end);
     file_.truncate(geometry_.bytes(new_end));
     const Lock guard(mutex_);
     resize_maps(new_end); // nothing there was free

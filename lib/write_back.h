@@ -94,7 +94,6 @@ class WriteBack {
     std::uint64_t margin(std::uint64_t table_clusters) const;
     void link_regions(const std::vector<std::uint64_t> &regions);
     void link_beyond(std::uint64_t first_region, std::uint64_t count);
-    std::uint64_t uncounted_in(std::uint64_t region) const;
     std::vector<std::byte> new_block(std::uint64_t counted) const;
     std::uint64_t autoclear_to_clear() const { return header_.autoclear() & ~kept_up_; }
     void sync();

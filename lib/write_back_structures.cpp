@@ -67,7 +67,7 @@ void WriteBack::link_regions(const std::vector<std::uint64_t> &regions) {
         for (std::uint64_t i = 0; i < extent.run.count; ++i)
             homes.push_back(extent.run.first + i);
     for (std::size_t i = 0; i < regions.size(); ++i)
-        file_.write(new_block(uncounted_in(regions[i])), geometry_.offset_of(homes[i]));
+        file_.write(new_block(allocator_.uncounted_in_use(regions[i])), geometry_.offset_of(homes[i]));
     sync();
     // The blocks and their own refcounts are durable: now they may be reached.
     blocks.publish();
@@ -79,13 +79,6 @@ void WriteBack::link_regions(const std::vector<std::uint64_t> &regions) {
     });
     for (std::size_t i = 0; i < regions.size(); ++i)
         refcounts_.set_block(regions[i], geometry_.offset_of(homes[i]));
-}
-
-/// Clusters at the beginning of a region without a block that are in the file. Who knows what is in them: of a damaged
-/// image they may be the guest's. They are counted, so that nobody gets them; what is a leak, a walk finds. None after
-/// one.
-std::uint64_t WriteBack::uncounted_in(std::uint64_t region) const {
-    return allocator_.uncounted_in_use({region * refcounts_.region_clusters()});
 }
 
 /// A refcount block in which the first clusters have a count of one.
@@ -101,7 +94,7 @@ std::vector<std::byte> WriteBack::new_block(std::uint64_t counted) const {
 /// has no block, behind what is in the file, and describe themselves.
 void WriteBack::link_beyond(std::uint64_t first_region, std::uint64_t count) {
     const std::uint64_t region_clusters = refcounts_.region_clusters();
-    const std::uint64_t uncounted = uncounted_in(first_region);
+    const std::uint64_t uncounted = allocator_.uncounted_in_use(first_region);
     const std::uint64_t start = first_region * region_clusters + uncounted;
     std::uint64_t table_entries = refcounts_.table_entries(), new_table_clusters = 0;
     for (;;) { // a larger area may need another block, which makes the area larger

@@ -25,15 +25,33 @@ constexpr std::size_t max_snapshot_work = 65536;
 /// What is free at the end, and what nobody has and no refcount block describes, such as a copy of a block device has.
 void Compact::cut(const StopCheck &stop) {
     Allocator &allocator = state_.allocator;
-    for (bool more = true; more;) {
-        allocator.load_all(); // what got a block since the walk
-        while (allocator.truncate_step(step_bytes, HostCluster{0}))
-            require_going(stop);
-        more = false;
-        if (allocator.ends_uncounted())
-            state_.write_back.lead([&] { more = allocator.truncate_uncounted_step(step_bytes); });
+    const auto step = [&] {
+        allocator.load_last_region(); // it may have got its block since the walk
+        return allocator.truncate_step(step_bytes, HostCluster{0}) || cut_uncounted_step();
+    };
+    while (step())
         require_going(stop);
+}
+
+bool Compact::cut_uncounted_step() {
+    bool shorter = false;
+    if (state_.allocator.ends_uncounted())
+        state_.write_back.lead([&] { shorter = state_.allocator.truncate_uncounted_step(step_bytes); });
+    return shorter;
+}
+
+/// Before anything moves: what has moved is no longer what the walk found. And before anything is committed, which
+/// wants a refcount block for what comes behind the file: with small clusters it takes a long table to reach behind a
+/// long tail, and there may be no place to move that to.
+void Compact::act_on_findings(const StopCheck &stop) {
+    const std::uint64_t end_before = state_.allocator.end();
+    while (cut_uncounted_step())
+        require_going(stop);
+    {
+        const Lock guard(mutex_);
+        retire_leaked(stop);
     }
+    gauges_.given_back_bytes += state_.geometry.bytes(end_before - std::min(end_before, state_.allocator.end()));
 }
 
 void Compact::commit(const StopCheck &stop) {
@@ -41,11 +59,11 @@ void Compact::commit(const StopCheck &stop) {
     ownership_.claim(name_, connection_);
     prepare(stop);
     Uncommitted::Return returning(uncommitted_);
+    act_on_findings(stop);
     const std::uint64_t end_before = state_.allocator.end();
     bool lacks_copied_flags = false;
     {
         const Lock guard(mutex_);
-        retire_leaked(stop);
         lacks_copied_flags = lacks_copied_flags_;
     }
     if (lacks_copied_flags) {
