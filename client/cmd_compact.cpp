@@ -207,7 +207,7 @@ ExitCode run_compact(const CompactOptions &options) {
     const StopCondition stop(deadline);
     Target target(options.target, options.dry_run ? Access::read_only : Access::read_write, options.nbdkit);
     if (!target.is_private()) {
-        signals::not_begun();
+        signals::not_begun(options.max_time);
     }
     if (options.dry_run) {
         const ExitCode code = dry_run(target, options);

@@ -6,6 +6,7 @@
 
 #include "failure.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <climits>
@@ -13,6 +14,7 @@
 #include <cstring>
 #include <fcntl.h>
 #include <string_view>
+#include <sys/time.h>
 #include <unistd.h>
 
 namespace qlean::signals {
@@ -43,7 +45,9 @@ void handler(int number) {
             ::rmdir(directory_buffer);
         }
         if (!begun.load() && number != SIGQUIT) {
-            constexpr std::string_view words = "qlean: stopped by a signal; nothing was begun\n";
+            constexpr std::string_view by_signal = "qlean: stopped by a signal; nothing was begun\n",
+                                       by_limit = "qlean: stopped by --max-time; nothing was begun\n";
+            const std::string_view words = number == SIGALRM ? by_limit : by_signal;
             [[maybe_unused]] const auto written = ::write(STDERR_FILENO, words.data(), words.size());
             ::_exit(static_cast<int>(ExitCode::stopped));
         }
@@ -53,17 +57,21 @@ void handler(int number) {
     errno = saved;
 }
 
-void catch_signals() {
+void catch_one(int number) {
     struct sigaction action {};
     action.sa_handler = handler;
     action.sa_flags = SA_RESTART; // calls that libnbd makes for us finish; our own poll() is woken by the pipe
+    ::sigaction(number, &action, nullptr);
+}
+
+void catch_signals() {
     for (const int number : {SIGINT, SIGTERM, SIGHUP, SIGQUIT}) {
         struct sigaction old {};
         ::sigaction(number, nullptr, &old);
         if ((number == SIGHUP || number == SIGQUIT) && old.sa_handler == SIG_IGN) {
             continue;
         }
-        ::sigaction(number, &action, nullptr);
+        catch_one(number);
     }
 }
 
@@ -81,8 +89,22 @@ void install() {
     ::signal(SIGPIPE, SIG_IGN);
 }
 
-void not_begun() { begun = false; }
-void begin() { begun = true; }
+void not_begun(std::optional<std::chrono::milliseconds> limit) {
+    begun = false;
+    if (!limit) {
+        return;
+    }
+    catch_one(SIGALRM);
+    const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(*limit);
+    const auto rest = std::chrono::microseconds(*limit - seconds);
+    const itimerval once{{}, {seconds.count(), std::max<suseconds_t>(rest.count(), seconds.count() == 0)}};
+    ::setitimer(ITIMER_REAL, &once, nullptr);
+}
+
+void begin() {
+    ::signal(SIGALRM, SIG_IGN); // from here on the limit is a deadline, at which what was gained is kept
+    begun = true;
+}
 
 void install_removal() {
     if (write_end.load() == -1) {

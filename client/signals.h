@@ -6,6 +6,8 @@
 // does the first one of a command that has nothing to finish, and of one that has not begun.
 #pragma once
 
+#include <chrono>
+#include <optional>
 #include <string>
 
 namespace qlean::signals {
@@ -14,8 +16,8 @@ namespace qlean::signals {
 void install();
 
 // Nothing has begun on the server: until begin() the first signal, too, ends the program, as stopped, whatever it waits
-// for. Not for a private server, which is to close its image first.
-void not_begun();
+// for; and so does the time limit, if there is one. Not for a private server, which is to close its image first.
+void not_begun(std::optional<std::chrono::milliseconds> limit = {});
 void begin();
 
 // For who registers files: after this every such signal, and SIGQUIT, removes them. Changes nothing after install().

@@ -75,6 +75,13 @@ class Signals(Case):
                         _, stderr = client.communicate(timeout=2)
                     self.assertEqual(client.returncode, STOPPED)
                     self.assert_one_sentence(stderr, "stopped by a signal; nothing was begun")
+            for arguments in (["compact"], ["compact", "-n"]):
+                with self.subTest(arguments=arguments):
+                    client = self.start_qlean(*arguments, "--max-time=0.5s", path)
+                    with silent.accept()[0]:
+                        _, stderr = client.communicate(timeout=10)
+                    self.assertEqual(client.returncode, STOPPED)
+                    self.assert_one_sentence(stderr, "stopped by --max-time; nothing was begun")
 
     def test_nohup(self):
         server = self.server("size=256M", "todo=compact:0+128M", "cache-ms=30", "version=1.32.5")
