@@ -91,20 +91,30 @@ void WriteBack::write_refcounts_as_leader() {
 
 void WriteBack::commit(Give give) {
     Lock guard(mutex_);
+    // A task that waits for this one's turn need not any longer.
+    const auto leave = [&]() WITH_LOCK(mutex_) {
+        if (tasks_waiting_ > 0)
+            led_.notify_all();
+    };
     // A round that has started may have copied before this caller's writes returned: the next one counts.
     const std::uint64_t target = started_ + 1;
     for (;;) {
         if ((give == Give::back ? gave_back_ : succeeded_) >= target)
-            return;
-        if (completed_.load(std::memory_order_relaxed) >= target && failure_)
+            return leave();
+        if (completed_.load(std::memory_order_relaxed) >= target && failure_) {
+            leave();
             std::rethrow_exception(failure_);
+        }
         if (give == Give::back)
             give_back_next_ = true;
-        if (leading_) {
+        if (leading_ || (tasks_waiting_ > 0 && !task_was_last_)) {
+            ++commits_waiting_;
             guard.wait(led_);
+            --commits_waiting_;
             continue;
         }
         leading_ = true;
+        task_was_last_ = false;
         const std::uint64_t round = ++started_;
         const Give mode = std::exchange(give_back_next_, false) ? Give::back : Give::later;
         guard.unlock();
@@ -129,8 +139,13 @@ void WriteBack::commit(Give give) {
 
 void WriteBack::lead(const std::function<void()> &task) {
     Lock guard(mutex_);
-    while (leading_)
+    // By turns: one task after the other would keep out a guest's flush, which wakes up too late each time, and one
+    // round after the other a task.
+    ++tasks_waiting_;
+    while (leading_ || (commits_waiting_ > 0 && task_was_last_))
         guard.wait(led_);
+    --tasks_waiting_;
+    task_was_last_ = true;
     leading_ = true;
     guard.unlock();
     std::exception_ptr failure;

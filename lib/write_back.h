@@ -38,7 +38,8 @@ class WriteBack {
     /// unless the image is poisoned.
     void commit(Give give);
 
-    /// Runs `task` as the leader: no commit is under way, and none starts until it returns. No lock held.
+    /// Runs `task` as the leader: no commit is under way, and none starts until it returns. Tasks and
+    /// commits take turns, so that many of the ones do not keep out the others. No lock held.
     void lead(const std::function<void()> &task);
     /// A commit from within a task of lead().
     void commit_as_leader(Give give);
@@ -117,6 +118,8 @@ class WriteBack {
     std::condition_variable led_;
     bool leading_ PROTECTED_BY(mutex_) = false;
     bool give_back_next_ PROTECTED_BY(mutex_) = false;
+    unsigned commits_waiting_ PROTECTED_BY(mutex_) = 0, tasks_waiting_ PROTECTED_BY(mutex_) = 0;
+    bool task_was_last_ PROTECTED_BY(mutex_) = false; ///< to lead, not a round
     std::uint64_t started_ PROTECTED_BY(mutex_) = 0;
     std::uint64_t succeeded_ PROTECTED_BY(mutex_) = 0; ///< newest round that succeeded
     std::uint64_t gave_back_ PROTECTED_BY(mutex_) = 0; ///< newest round that succeeded and gave back

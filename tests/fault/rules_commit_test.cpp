@@ -6,7 +6,10 @@
 #include "lib/byte_order.h"
 #include "tests/fault/scene.h"
 
+#include <future>
+#include <string>
 #include <thread>
+#include <vector>
 
 using namespace qlean;
 using namespace qlean::fault;
@@ -298,6 +301,7 @@ TEST_CASE("B1: what is taken back of a claim behind the file is not what the gue
         std::fill_n(model.begin() + static_cast<std::ptrdiff_t>(c * cluster), count * cluster, std::byte(value));
     };
     write(mapped, 1, 7); // so that a commit has something to do
+    REQUIRE(image->state().allocator.reserve(1 << 20, Allocator::Growth::now).empty()); // and wants room
     Fault fault;
     fault.ops = mask(Op::write);
     fault.code = ENOSPC;
@@ -405,4 +409,60 @@ TEST_CASE("No cut while blocks are linked for a file that is longer than what is
     CHECK((read_all(*s.image) == s.guest->now()));
     CHECK(judge(s.disk->bytes()).clean());
     CHECK(s.cut_everywhere(1, 12) == "");
+}
+
+TEST_CASE("B2: flushes and tasks of the leader take turns, so that neither keeps out the other") {
+    Scene s(build_image(ImagePlan{}).bytes);
+    WriteBack &write_back = s.image->state().write_back;
+    std::mutex mutex;
+    std::vector<std::string> events;
+    const auto happens = [&](const char *what) {
+        const std::lock_guard guard(mutex);
+        if (events.empty() || events.back() != what)
+            events.emplace_back(what);
+    };
+    s.image->write(bytes_of(512, 1), {0});
+    const int hook = s.disk->add_hook(true, [&](const Request &r) {
+        if (r.op == Op::sync)
+            happens("round");
+    });
+    const auto task = [&] { write_back.lead([&] { happens("task"); }); };
+    const auto flushes = [&] { s.image->flush(); };
+    {
+        // A task is being done, another one waits, and then a flush: which is next.
+        std::promise<void> begun, ends;
+        Beside first, second, flush;
+        first.start([&] {
+            write_back.lead([&] {
+                begun.set_value();
+                ends.get_future().wait();
+            });
+        });
+        begun.get_future().wait();
+        second.start(task);
+        CHECK_FALSE(second.finished(a_while));
+        flush.start(flushes);
+        CHECK_FALSE(flush.finished(a_while));
+        ends.set_value();
+        for (Beside *each : {&first, &second, &flush})
+            each->join();
+        CHECK(events == std::vector<std::string>{"round", "task"});
+    }
+    events.clear();
+    {
+        // A round is under way, a flush waits, and then a task: which is next.
+        Beside flush, late_flush, late_task;
+        Breakpoint syncing(s.disk, Breakpoint::When::after, is(Op::sync));
+        flush.start(flushes);
+        REQUIRE(syncing.wait());
+        late_flush.start(flushes);
+        CHECK_FALSE(late_flush.finished(a_while));
+        late_task.start(task);
+        CHECK_FALSE(late_task.finished(a_while));
+        syncing.release();
+        for (Beside *each : {&flush, &late_flush, &late_task})
+            each->join();
+        CHECK(events == std::vector<std::string>{"round", "task", "round"});
+    }
+    s.disk->remove_hook(hook);
 }
