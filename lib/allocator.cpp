@@ -308,6 +308,7 @@ bool Allocator::grow(std::uint64_t count) {
     const Lock length_guard(length_mutex_);
     const std::uint64_t old_end = end();
     const std::uint64_t covered = covered_end();
+    short_of_room_.store(covered < old_end + count, std::memory_order_relaxed);
     if (covered < old_end + count)
         return false;
     const std::uint64_t step = std::max(count, growth_bytes / geometry_.cluster_size());

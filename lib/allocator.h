@@ -103,6 +103,8 @@ class Allocator {
     std::uint64_t end() const { return end_.load(std::memory_order_acquire); }
     /// End of what durably linked refcount blocks cover without a gap from the region that holds end().
     std::uint64_t covered_end() const;
+    /// Whether the last wish to grow was beyond that.
+    bool short_of_room() const { return short_of_room_.load(std::memory_order_relaxed); }
 
     struct Counts {
         std::uint64_t end, free, punching, retired;
@@ -255,7 +257,7 @@ class Allocator {
     std::vector<bool> known_metadata_; // protected by load_mutex_
     HostRun embargo_ PROTECTED_BY(mutex_){};
     std::vector<Watch *> watches_ PROTECTED_BY(mutex_);
-    std::atomic<bool> poisoned_{false}, nobodys_{false};
+    std::atomic<bool> poisoned_{false}, nobodys_{false}, short_of_room_{false};
 };
 
 } // namespace qlean

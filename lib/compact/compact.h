@@ -82,8 +82,6 @@ class Compact final : public Maintenance {
     void settle_on_full_disk(const Layout &layout, const StopCheck &stop);
     void settle_metadata(const Layout &layout, const StopCheck &stop);
     void cut(const StopCheck &stop);
-    bool cut_uncounted_step();
-    void act_on_findings(const StopCheck &stop);
     void retire_leaked(const StopCheck &stop) WITH_LOCK(mutex_);
 
     Image &image_;

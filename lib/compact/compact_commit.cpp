@@ -9,6 +9,7 @@
 #include "metadata_moves.h"
 #include "snapshot_delete.h"
 
+#include <chrono>
 #include <shared_mutex>
 
 namespace qlean {
@@ -16,6 +17,9 @@ namespace qlean {
 namespace {
 
 constexpr std::uint64_t step_bytes = 32 * 1024 * 1024;
+/// Of a tail that no refcount block describes.
+constexpr std::uint64_t min_uncounted_step_bytes = 1024 * 1024, max_uncounted_step_bytes = 256 * 1024 * 1024;
+constexpr std::chrono::milliseconds quick_step{2};
 constexpr int max_rounds = 8;
 /// What is remembered of a walk over snapshots.
 constexpr std::size_t max_snapshot_work = 65536;
@@ -24,34 +28,26 @@ constexpr std::size_t max_snapshot_work = 65536;
 
 /// What is free at the end, and what nobody has and no refcount block describes, such as a copy of a block device has.
 void Compact::cut(const StopCheck &stop) {
+    using Clock = std::chrono::steady_clock;
     Allocator &allocator = state_.allocator;
+    std::uint64_t most = min_uncounted_step_bytes;
+    const auto cut_uncounted = [&] {
+        bool shorter = false;
+        state_.write_back.lead([&] {
+            const auto began = Clock::now();
+            shorter = allocator.truncate_uncounted_step(most);
+            // A guest's flush waits for a step: a hole of terabytes takes no time, and what the host holds does.
+            const bool quick = Clock::now() - began < quick_step;
+            most = std::clamp(quick ? most * 2 : most / 2, min_uncounted_step_bytes, max_uncounted_step_bytes);
+        });
+        return shorter;
+    };
     const auto step = [&] {
         allocator.load_last_region(); // it may have got its block since the walk
-        return allocator.truncate_step(step_bytes, HostCluster{0}) || cut_uncounted_step();
+        return allocator.truncate_step(step_bytes, HostCluster{0}) || (allocator.ends_uncounted() && cut_uncounted());
     };
     while (step())
         require_going(stop);
-}
-
-bool Compact::cut_uncounted_step() {
-    bool shorter = false;
-    if (state_.allocator.ends_uncounted())
-        state_.write_back.lead([&] { shorter = state_.allocator.truncate_uncounted_step(step_bytes); });
-    return shorter;
-}
-
-/// Before anything moves: what has moved is no longer what the walk found. And before anything is committed, which
-/// wants a refcount block for what comes behind the file: with small clusters it takes a long table to reach behind a
-/// long tail, and there may be no place to move that to.
-void Compact::act_on_findings(const StopCheck &stop) {
-    const std::uint64_t end_before = state_.allocator.end();
-    while (cut_uncounted_step())
-        require_going(stop);
-    {
-        const Lock guard(mutex_);
-        retire_leaked(stop);
-    }
-    gauges_.given_back_bytes += state_.geometry.bytes(end_before - std::min(end_before, state_.allocator.end()));
 }
 
 void Compact::commit(const StopCheck &stop) {
@@ -59,11 +55,11 @@ void Compact::commit(const StopCheck &stop) {
     ownership_.claim(name_, connection_);
     prepare(stop);
     Uncommitted::Return returning(uncommitted_);
-    act_on_findings(stop);
     const std::uint64_t end_before = state_.allocator.end();
     bool lacks_copied_flags = false;
     {
         const Lock guard(mutex_);
+        retire_leaked(stop);
         lacks_copied_flags = lacks_copied_flags_;
     }
     if (lacks_copied_flags) {

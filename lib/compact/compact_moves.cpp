@@ -59,7 +59,11 @@ void Compact::run(GuestOffset at, std::uint64_t length, const StopCheck &stop) {
     ownership_.claim(name_, connection_);
     const Wanted want = wanted(stop);
     const HostCluster end = want.end;
-    act_on_findings(stop);
+    {
+        // Before anything moves: what has moved is no longer what the walk found.
+        const Lock guard(mutex_);
+        retire_leaked(stop);
+    }
     Work work = find_work(g.cluster_of(at), g.cluster_of(at + (length - 1)), want);
     if (!work.tables.empty()) {
         const auto no_walk = keep_walks_out();

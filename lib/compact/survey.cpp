@@ -213,9 +213,8 @@ Survey survey_image(State &state, const StopCheck &stop) {
 
 Survey verify_image(State &state, const Allocator::Watch &watch, const StopCheck &stop) {
     // What was reserved when the watch began, or is taken or retired since, is left out of the comparison. All else
-    // was published before, and this commit brings its refcount to the file, or was retired, and this lowers it. An
-    // image that has not changed stays as it is: a commit wants a block for what comes behind the file.
-    if (state.write_back.changed()) {
+    // was published before, and this commit brings its refcount to the file, or was retired, and this lowers it.
+    if (!state.read_only) {
         state.ranges.drain();
         state.write_back.commit(WriteBack::Give::back);
     }

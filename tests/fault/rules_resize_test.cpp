@@ -168,3 +168,32 @@ TEST_CASE("resize: what cannot be made anew ends no server") {
     CHECK((read_all(*opened) == model));
     CHECK_THROWS_AS(opened->write(bytes_of(512, 1), {0}), Error); // nobody knows where its tables are
 }
+
+TEST_CASE("resize: what it retires last is no leak, neither for a walk right after it nor when the image is closed") {
+    // A bitmap's longer table, and nothing beyond the old size that would have to read as zeroes: the old table is all
+    // that there is to do.
+    ImagePlan plan;
+    plan.virtual_size = 128 * 1024;
+    plan.map(60, 60);
+    plan.metadata_at = 1;
+    plan.bitmaps = true;
+    const auto disk = std::make_shared<FaultyDisk>(build_image(plan).bytes);
+    auto opened = open_image(disk);
+    opened->resize(16 * 1024 * 1024);
+    opened->flush();
+    if (GENERATE(true, false)) {
+        MoveOwnership ownership;
+        Gauges gauges;
+        Compact compact(*opened, ownership, gauges, 7);
+        (void)compact.plan({0}, opened->size(), 1000);
+        compact.run({0}, 512, never);
+        opened->flush();
+        for (std::uint64_t k = 70; k < 150; ++k)
+            opened->write(bytes_of(512, static_cast<unsigned>(k)), {k * 512});
+        opened->flush();
+        CHECK(judge(disk->bytes()).sound());
+    }
+    opened->close();
+    INFO(judge(disk->bytes()).text());
+    CHECK(judge(disk->bytes()).clean());
+}
