@@ -18,8 +18,8 @@ namespace {
 
 constexpr std::uint64_t step_bytes = 32 * 1024 * 1024;
 /// Of a tail that no refcount block describes.
-constexpr std::uint64_t min_uncounted_step_bytes = 1024 * 1024, max_uncounted_step_bytes = 256 * 1024 * 1024;
-constexpr std::chrono::milliseconds quick_step{2};
+constexpr std::uint64_t min_uncounted_step_bytes = 4 * 1024 * 1024, max_uncounted_step_bytes = 256 * 1024 * 1024;
+constexpr std::chrono::milliseconds quick_step{10}, slow_step{20};
 constexpr int max_rounds = 8;
 /// What is remembered of a walk over snapshots.
 constexpr std::size_t max_snapshot_work = 65536;
@@ -37,8 +37,11 @@ void Compact::cut(const StopCheck &stop) {
             const auto began = Clock::now();
             shorter = allocator.truncate_uncounted_step(most);
             // A guest's flush waits for a step: a hole of terabytes takes no time, and what the host holds does.
-            const bool quick = Clock::now() - began < quick_step;
-            most = std::clamp(quick ? most * 2 : most / 2, min_uncounted_step_bytes, max_uncounted_step_bytes);
+            const auto took = Clock::now() - began;
+            if (took < quick_step)
+                most = std::min(most * 2, max_uncounted_step_bytes);
+            else if (took > slow_step)
+                most = std::max(most / 2, min_uncounted_step_bytes);
         });
         return shorter;
     };

@@ -466,3 +466,25 @@ TEST_CASE("B2: flushes and tasks of the leader take turns, so that neither keeps
     }
     s.disk->remove_hook(hook);
 }
+
+TEST_CASE("B2: many flushes and tasks of the leader at once all come to their end") {
+    Scene s(build_image(ImagePlan{}).bytes);
+    constexpr int each = 2000;
+    std::atomic<int> tasks{0};
+    Beside flushing[3], leading[3];
+    for (Beside &thread : flushing)
+        thread.start([&] {
+            for (int i = 0; i < each; ++i)
+                s.image->flush();
+        });
+    for (Beside &thread : leading)
+        thread.start([&] {
+            for (int i = 0; i < each; ++i)
+                s.image->state().write_back.lead([&] { ++tasks; });
+        });
+    for (Beside &thread : flushing)
+        thread.join();
+    for (Beside &thread : leading)
+        thread.join();
+    CHECK(tasks == 3 * each);
+}
