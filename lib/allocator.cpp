@@ -428,9 +428,9 @@ std::uint64_t Allocator::uncounted() const {
     return n;
 }
 
-bool Allocator::ends_uncounted() const {
-    return nobodys_.load(std::memory_order_acquire) && !refcounts_.linked((end() - 1) / refcounts_.region_clusters());
-}
+bool Allocator::ends_without_block() const { return !refcounts_.linked((end() - 1) / refcounts_.region_clusters()); }
+
+bool Allocator::ends_uncounted() const { return nobodys_.load(std::memory_order_acquire) && ends_without_block(); }
 
 std::uint64_t Allocator::waiting_to_punch_bytes() const {
     const Lock guard(mutex_);

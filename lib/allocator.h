@@ -105,6 +105,8 @@ class Allocator {
     std::uint64_t covered_end() const;
     /// Whether the last wish to grow was beyond that.
     bool short_of_room() const { return short_of_room_.load(std::memory_order_relaxed); }
+    /// Whether no refcount block describes the last cluster of the file.
+    bool ends_without_block() const;
 
     struct Counts {
         std::uint64_t end, free, punching, retired;

@@ -38,8 +38,8 @@ class WriteBack {
     /// unless the image is poisoned.
     void commit(Give give);
 
-    /// Runs `task` as the leader: no commit is under way, and none starts until it returns. Tasks and
-    /// commits take turns, so that many of the ones do not keep out the others. No lock held.
+    /// Runs `task` as the leader: no commit is under way, and none starts until it returns. Tasks and commits take
+    /// turns, so that many of the ones do not keep out the others. No lock held.
     void lead(const std::function<void()> &task);
     /// A commit from within a task of lead().
     void commit_as_leader(Give give);

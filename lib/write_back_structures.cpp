@@ -34,7 +34,7 @@ void WriteBack::link_ahead(std::uint64_t more) {
     const std::uint64_t region_clusters = refcounts_.region_clusters();
     // Compaction may cut a tail that no block describes. One for what comes behind it would lie there, and with small
     // clusters the table that reaches so far is long, and may find no place to move to: not before room is short.
-    if (more == 0 && !allocator_.short_of_room() && !refcounts_.linked((allocator_.end() - 1) / region_clusters))
+    if (more == 0 && !allocator_.short_of_room() && allocator_.ends_without_block())
         return;
     const std::uint64_t end = allocator_.end() + more, covered = allocator_.covered_end();
     if (covered > last_region_needed(end) * region_clusters)

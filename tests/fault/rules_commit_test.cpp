@@ -301,7 +301,7 @@ TEST_CASE("B1: what is taken back of a claim behind the file is not what the gue
         std::fill_n(model.begin() + static_cast<std::ptrdiff_t>(c * cluster), count * cluster, std::byte(value));
     };
     write(mapped, 1, 7); // so that a commit has something to do
-    REQUIRE(image->state().allocator.reserve(1 << 20, Allocator::Growth::now).empty()); // and wants room
+    REQUIRE(finds_no_room(*image));
     Fault fault;
     fault.ops = mask(Op::write);
     fault.code = ENOSPC;
@@ -428,6 +428,10 @@ TEST_CASE("B2: flushes and tasks of the leader take turns, so that neither keeps
     });
     const auto task = [&] { write_back.lead([&] { happens("task"); }); };
     const auto flushes = [&] { s.image->flush(); };
+    const auto waits = [&](Beside &beside, const std::function<void()> &what) {
+        beside.start(what);
+        CHECK_FALSE(beside.finished(a_while));
+    };
     {
         // A task is being done, another one waits, and then a flush: which is next.
         std::promise<void> begun, ends;
@@ -439,10 +443,8 @@ TEST_CASE("B2: flushes and tasks of the leader take turns, so that neither keeps
             });
         });
         begun.get_future().wait();
-        second.start(task);
-        CHECK_FALSE(second.finished(a_while));
-        flush.start(flushes);
-        CHECK_FALSE(flush.finished(a_while));
+        waits(second, task);
+        waits(flush, flushes);
         ends.set_value();
         for (Beside *each : {&first, &second, &flush})
             each->join();
@@ -455,10 +457,8 @@ TEST_CASE("B2: flushes and tasks of the leader take turns, so that neither keeps
         Breakpoint syncing(s.disk, Breakpoint::When::after, is(Op::sync));
         flush.start(flushes);
         REQUIRE(syncing.wait());
-        late_flush.start(flushes);
-        CHECK_FALSE(late_flush.finished(a_while));
-        late_task.start(task);
-        CHECK_FALSE(late_task.finished(a_while));
+        waits(late_flush, flushes);
+        waits(late_task, task);
         syncing.release();
         for (Beside *each : {&flush, &late_flush, &late_task})
             each->join();

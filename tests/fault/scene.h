@@ -32,6 +32,12 @@ struct Scene {
     Gauges gauges;
 };
 
+/// Somebody wants more room than there is, and so the next commit links what comes behind the file. False if it is
+/// there.
+inline bool finds_no_room(Image &image) {
+    return image.state().allocator.reserve(1 << 20, Allocator::Growth::now).empty();
+}
+
 /// Something that happens beside the test. Declare it before the Breakpoint that stops it, start it after.
 class Beside {
   public:
